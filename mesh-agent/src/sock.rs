@@ -1,0 +1,56 @@
+//! The proxy's view of the kernel: two small traits, and the sockets they hand out.
+//!
+//! Invariants: the proxy never names eBPF, a network namespace or a cgroup; it asks a [`Namespace`] where a
+//! captured connection wanted to go and for sockets that leave from that workload. Tests plug in a fake.
+
+use std::fmt::Debug;
+use std::io;
+use std::net::SocketAddr;
+
+use tokio::net::{TcpSocket, TcpStream};
+
+/// One enrolled workload's place in the kernel.
+pub trait Namespace: Debug + Send + Sync + 'static {
+    /// Where a captured connection wanted to go; the kernel's record of it is consumed.
+    ///
+    /// `peer` and `local` are the accepted socket's `getpeername()` and `getsockname()`. `None` means the
+    /// connection was not captured (somebody dialled the listener): it must be closed.
+    fn original_destination(&self, peer: SocketAddr, local: SocketAddr) -> Option<SocketAddr>;
+
+    /// The server that a captured DNS datagram was meant for. `local` is the address the datagram arrived at
+    /// (loopback token and port); an answer must leave from there to seem to come from that server.
+    fn original_dns_server(&self, local: SocketAddr) -> Option<SocketAddr>;
+
+    /// A socket in the workload's network namespace that capture leaves alone, for connecting to `to`.
+    ///
+    /// With `present`, an application of this workload that accepts the connection sees `present` as its peer.
+    fn tcp_socket(&self, to: SocketAddr, present: Option<SocketAddr>) -> io::Result<Egress>;
+
+    /// A UDP socket in the workload's network namespace, connected to `to`, that capture leaves alone.
+    fn udp_socket(&self, to: SocketAddr) -> io::Result<tokio::net::UdpSocket>;
+}
+
+/// A socket about to be connected, with whatever must be undone once its connect has ended.
+#[derive(Debug)]
+pub struct Egress {
+    pub socket: TcpSocket,
+    /// Dropped when the connect has succeeded or failed; takes the exemption out of the kernel's map.
+    pub exemption: Option<Box<dyn ExemptionGuard>>,
+}
+
+/// What [`Egress`] holds until the connect has ended.
+pub trait ExemptionGuard: Debug + Send + Sync {}
+
+/// Connects to `to` from inside the workload, with `TCP_NODELAY` set.
+pub async fn connect(
+    namespace: &dyn Namespace,
+    to: SocketAddr,
+    present: Option<SocketAddr>,
+) -> io::Result<TcpStream> {
+    let Egress { socket, exemption } = namespace.tcp_socket(to, present)?;
+    let connected = socket.connect(to).await;
+    drop(exemption);
+    let stream = connected?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
