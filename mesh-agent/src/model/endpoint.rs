@@ -1,0 +1,46 @@
+//! Endpoints: one address that serves a service's port, and how busy it is.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use super::Workload;
+
+/// One address behind a service's port.
+#[derive(Clone, Debug)]
+pub struct Endpoint {
+    pub address: SocketAddr,
+    /// Absent for an address that no workload document describes: it is reached in clear text.
+    pub workload: Option<Arc<Workload>>,
+    /// Shared by all snapshots that hold this endpoint.
+    pub load: Arc<Load>,
+}
+
+/// How busy an endpoint is, as seen from this agent. The only part of the model that changes in place.
+#[derive(Debug, Default)]
+pub struct Load {
+    active: AtomicU32,
+}
+
+impl Load {
+    /// Requests in flight to the endpoint.
+    pub fn active(&self) -> u32 {
+        self.active.load(Ordering::Relaxed)
+    }
+
+    /// Counts one request until the guard is dropped.
+    pub fn enter(self: &Arc<Self>) -> InFlight {
+        self.active.fetch_add(1, Ordering::Relaxed);
+        InFlight(Arc::clone(self))
+    }
+}
+
+/// One request in flight.
+#[derive(Debug)]
+pub struct InFlight(Arc<Load>);
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.active.fetch_sub(1, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,72 @@
+//! Services: names and virtual addresses in front of endpoints.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use super::{Endpoint, RouteRule};
+
+/// Names a service within the mesh.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ServiceKey {
+    pub namespace: Arc<str>,
+    pub name: Arc<str>,
+}
+
+impl fmt::Display for ServiceKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+#[derive(Debug)]
+pub struct Service {
+    pub key: ServiceKey,
+    /// `<name>.<namespace>.svc.<cluster domain>`
+    pub hostname: Arc<str>,
+    /// The clusterIPs; for a service without one the stable addresses that the agent gave it. DNS answers these.
+    /// A headless service (`clusterIP: None`) has none: DNS answers its endpoints' addresses, as in Kubernetes.
+    pub vips: Vec<IpAddr>,
+    pub headless: bool,
+    pub ports: Vec<ServicePort>,
+}
+
+impl Service {
+    pub fn port(&self, port: u16) -> Option<&ServicePort> {
+        self.ports.iter().find(|candidate| candidate.port == port)
+    }
+}
+
+#[derive(Clone, Debug)]
+pub struct ServicePort {
+    pub port: u16,
+    pub name: Option<Arc<str>>,
+    pub protocol: Protocol,
+    pub balancing: LoadBalancing,
+    /// Ready endpoints, in a stable order.
+    pub endpoints: Arc<[Endpoint]>,
+    /// In order of precedence; empty means every request goes to `endpoints`. A request that no rule matches
+    /// gets 404, as the Gateway API says.
+    pub routes: Arc<[RouteRule]>,
+}
+
+/// What a port speaks, by its `appProtocol`, else by the prefix of its name (`http-web`, `grpc`, `tcp-db`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Protocol {
+    /// Nobody said: the first bytes decide.
+    Detect,
+    Http1,
+    /// HTTP/2 with prior knowledge (`kubernetes.io/h2c`, `http2`).
+    Http2,
+    Grpc,
+    /// TLS that the application terminates (`https`, `tls`): passed on as it is.
+    Tls,
+    Tcp,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LoadBalancing {
+    RoundRobin,
+    /// The less busy of two picked at random.
+    LeastRequest,
+}

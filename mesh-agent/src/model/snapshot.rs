@@ -1,0 +1,93 @@
+//! One immutable view of everything the agent knows.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use imbl::HashMap as SharedMap;
+
+use super::{Protocol, Service, ServiceKey, ServicePort, Workload};
+
+/// Published whole, never changed. The maps share their structure with the snapshot before, so publishing one
+/// changed endpoint does not copy the mesh.
+#[derive(Clone, Debug, Default)]
+pub struct Snapshot {
+    /// Counts up with every published change.
+    pub generation: u64,
+    pub trust_domain: Arc<str>,
+    /// By `namespace/name`.
+    pub workloads: SharedMap<Arc<str>, Arc<Workload>>,
+    pub workloads_by_address: SharedMap<IpAddr, Arc<Workload>>,
+    pub services: SharedMap<ServiceKey, Arc<Service>>,
+    pub services_by_vip: SharedMap<IpAddr, Arc<Service>>,
+    /// What a workload's own ports speak, by the services that select it: (address, target port).
+    pub target_protocols: SharedMap<SocketAddr, Protocol>,
+    /// The service that a target port belongs to, for metrics of connections made by pod IP (the first by name).
+    pub target_services: SharedMap<SocketAddr, ServiceKey>,
+    /// Documents that were refused; the rest goes on without them.
+    pub rejected: Arc<[Rejected]>,
+    /// Where each resource came from, by `kind/namespace/name`, for the admin page.
+    pub sources: Arc<HashMap<Arc<str>, Arc<str>>>,
+}
+
+/// What an address that an application dialled is.
+#[derive(Clone, Debug)]
+pub enum Destination {
+    /// A service's virtual address and one of its ports.
+    Service(Arc<Service>, u16),
+    /// A service's virtual address, and a port that it does not have.
+    UnknownPort(Arc<Service>),
+    /// A workload's own address.
+    Workload(Arc<Workload>),
+    /// Nothing of ours: passed through unchanged.
+    Unknown,
+}
+
+impl Snapshot {
+    pub fn destination(&self, address: SocketAddr) -> Destination {
+        let ip = address.ip().to_canonical();
+        if let Some(service) = self.services_by_vip.get(&ip) {
+            return match service.port(address.port()) {
+                Some(_) => Destination::Service(Arc::clone(service), address.port()),
+                None => Destination::UnknownPort(Arc::clone(service)),
+            };
+        }
+        match self.workloads_by_address.get(&ip) {
+            Some(workload) => Destination::Workload(Arc::clone(workload)),
+            None => Destination::Unknown,
+        }
+    }
+
+    pub fn service_port(&self, key: &ServiceKey, port: u16) -> Option<&ServicePort> {
+        self.services.get(key)?.port(port)
+    }
+
+    /// What a workload speaks at `address`; [`Protocol::Detect`] when no service says.
+    pub fn target_protocol(&self, address: SocketAddr) -> Protocol {
+        self.target_protocols
+            .get(&address)
+            .copied()
+            .unwrap_or(Protocol::Detect)
+    }
+
+    /// The workloads that this agent captures.
+    pub fn local_workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {
+        self.workloads
+            .values()
+            .filter(|workload| workload.place.is_some())
+    }
+}
+
+/// A document, or a part of one, that was refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rejected {
+    pub file: Arc<str>,
+    /// Counted from 1 within the file.
+    pub document: usize,
+    /// `HTTPRoute shop/reviews`, as far as it could be read.
+    pub resource: Arc<str>,
+    /// `spec.rules[0].matches[0].path.type`
+    pub path: Arc<str>,
+    /// What is wrong and what is allowed.
+    pub message: Arc<str>,
+}
