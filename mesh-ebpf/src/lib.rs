@@ -1,1 +1,3 @@
+//! Empty: it only gives cargo a library to track the crate by.
 
+#![no_std]
