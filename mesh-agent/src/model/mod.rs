@@ -18,5 +18,5 @@ pub use route::{
     RetryPolicy, RouteRule, StringMatch, Timeouts,
 };
 pub use service::{LoadBalancing, Protocol, Service, ServiceKey, ServicePort};
-pub use snapshot::{Destination, Rejected, Snapshot};
+pub use snapshot::{Destination, Rejected, Severity, Snapshot};
 pub use workload::{MtlsMode, MtlsPolicy, OnAgentDown, Place, Workload};

@@ -9,7 +9,7 @@ use regex::Regex;
 use super::ServiceKey;
 
 /// One rule of an HTTPRoute, for one service port.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct RouteRule {
     /// `namespace/route` and the rule's name or index, for logs and the admin page.
     pub name: Arc<str>,
@@ -24,7 +24,7 @@ pub struct RouteRule {
 pub type HeaderEdits = (HeaderEdit, HeaderEdit);
 
 /// All of it must hold.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct RequestMatch {
     pub path: PathMatch,
     pub headers: Vec<HeaderMatch>,
@@ -42,13 +42,25 @@ pub enum PathMatch {
     Regex(Regex),
 }
 
-#[derive(Clone, Debug)]
+impl PartialEq for PathMatch {
+    /// A regular expression is its pattern.
+    fn eq(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Any, Self::Any) => true,
+            (Self::Exact(a), Self::Exact(b)) | (Self::Prefix(a), Self::Prefix(b)) => a == b,
+            (Self::Regex(a), Self::Regex(b)) => a.as_str() == b.as_str(),
+            _ => false,
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq)]
 pub struct HeaderMatch {
     pub name: HeaderName,
     pub value: StringMatch,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct QueryMatch {
     pub name: Box<str>,
     pub value: StringMatch,
@@ -61,7 +73,18 @@ pub enum StringMatch {
     Regex(Regex),
 }
 
-#[derive(Clone, Debug, Default)]
+impl PartialEq for StringMatch {
+    /// A regular expression is its pattern.
+    fn eq(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Exact(a), Self::Exact(b)) => a == b,
+            (Self::Regex(a), Self::Regex(b)) => a.as_str() == b.as_str(),
+            _ => false,
+        }
+    }
+}
+
+#[derive(Clone, Debug, Default, PartialEq)]
 pub enum MethodMatch {
     #[default]
     Any,
@@ -69,7 +92,7 @@ pub enum MethodMatch {
 }
 
 /// `RequestHeaderModifier` / `ResponseHeaderModifier`: set, then add, then remove.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct HeaderEdit {
     pub set: Vec<(HeaderName, HeaderValue)>,
     pub add: Vec<(HeaderName, HeaderValue)>,
@@ -77,7 +100,7 @@ pub struct HeaderEdit {
 }
 
 /// Where a share of the requests goes.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Backend {
     /// `None` for a backendRef that points nowhere: its share of the requests gets 500, as the Gateway API says.
     pub service: Option<(ServiceKey, u16)>,

@@ -1,5 +1,6 @@
 //! Services: names and virtual addresses in front of endpoints.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -19,7 +20,7 @@ impl fmt::Display for ServiceKey {
     }
 }
 
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub struct Service {
     pub key: ServiceKey,
     /// `<name>.<namespace>.svc.<cluster domain>`
@@ -37,7 +38,7 @@ impl Service {
     }
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ServicePort {
     pub port: u16,
     pub name: Option<Arc<str>>,
@@ -48,6 +49,15 @@ pub struct ServicePort {
     /// In order of precedence; empty means every request goes to `endpoints`. A request that no rule matches
     /// gets 404, as the Gateway API says.
     pub routes: Arc<[RouteRule]>,
+    /// Routes that another namespace made for its own clients: they replace `routes` for these.
+    pub consumer_routes: BTreeMap<Arc<str>, Arc<[RouteRule]>>,
+}
+
+impl ServicePort {
+    /// The rules for requests of clients in `namespace`.
+    pub fn routes_for(&self, namespace: &str) -> &Arc<[RouteRule]> {
+        self.consumer_routes.get(namespace).unwrap_or(&self.routes)
+    }
 }
 
 /// What a port speaks, by its `appProtocol`, else by the prefix of its name (`http-web`, `grpc`, `tcp-db`).

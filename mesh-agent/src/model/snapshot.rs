@@ -1,6 +1,5 @@
 //! One immutable view of everything the agent knows.
 
-use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
@@ -24,10 +23,10 @@ pub struct Snapshot {
     pub target_protocols: SharedMap<SocketAddr, Protocol>,
     /// The service that a target port belongs to, for metrics of connections made by pod IP (the first by name).
     pub target_services: SharedMap<SocketAddr, ServiceKey>,
-    /// Documents that were refused; the rest goes on without them.
+    /// Documents that were refused, and warnings; the rest goes on without them. In the order of the files.
     pub rejected: Arc<[Rejected]>,
-    /// Where each resource came from, by `kind/namespace/name`, for the admin page.
-    pub sources: Arc<HashMap<Arc<str>, Arc<str>>>,
+    /// Where each resource came from (`file:document N`), by `kind/namespace/name`, for the admin page.
+    pub sources: SharedMap<Arc<str>, Arc<str>>,
 }
 
 /// What an address that an application dialled is.
@@ -78,9 +77,19 @@ impl Snapshot {
     }
 }
 
-/// A document, or a part of one, that was refused.
+/// How bad it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Severity {
+    /// The document is not in force (its last good version, if there was one, stays).
+    Error,
+    /// The document is in force, but something in it will surprise its author.
+    Warning,
+}
+
+/// A document, or a part of one, that was refused or deserves a warning.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rejected {
+    pub severity: Severity,
     pub file: Arc<str>,
     /// Counted from 1 within the file.
     pub document: usize,
