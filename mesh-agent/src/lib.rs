@@ -1,5 +1,9 @@
 //! The node agent: eBPF capture, one shared proxy, and a page to look inside.
 
+pub mod authz;
+pub mod balance;
 pub mod model;
+pub mod retry;
+pub mod route;
 pub mod sock;
 pub mod store;

@@ -37,8 +37,10 @@ pub enum PathMatch {
     #[default]
     Any,
     Exact(Box<str>),
-    /// Whole path elements: `/a` matches `/a` and `/a/b`, not `/ab`. Kept without a trailing slash.
+    /// Whole path elements: `/a` matches `/a` and `/a/b`, not `/ab`. Kept without a trailing slash, so
+    /// that `/` is the empty string.
     Prefix(Box<str>),
+    /// Compiled with anchors at both ends: must match the whole path.
     Regex(Regex),
 }
 
@@ -69,7 +71,7 @@ pub struct QueryMatch {
 #[derive(Clone, Debug)]
 pub enum StringMatch {
     Exact(Box<str>),
-    /// Must match the whole value.
+    /// Compiled with anchors at both ends: must match the whole value.
     Regex(Regex),
 }
 

@@ -1,0 +1,161 @@
+//! Which endpoint takes a request.
+//!
+//! Pure: the round robin's counter and the randomness are passed in. Invariant: an endpoint that was tried for
+//! this request is taken again only when there is no other.
+
+use std::net::SocketAddr;
+
+use crate::model::{Endpoint, LoadBalancing};
+
+/// The endpoint for the next try; `None` when there are none.
+///
+/// `round_robin` is the caller's counter for this service port, one higher with each request.
+pub fn pick<'a>(
+    endpoints: &'a [Endpoint],
+    policy: LoadBalancing,
+    tried: &[SocketAddr],
+    round_robin: u64,
+    random: u64,
+) -> Option<&'a Endpoint> {
+    match policy {
+        LoadBalancing::RoundRobin => next_in_turn(endpoints, tried, round_robin),
+        LoadBalancing::LeastRequest => less_busy_of_two(endpoints, tried, random),
+    }
+}
+
+fn next_in_turn<'a>(endpoints: &'a [Endpoint], tried: &[SocketAddr], turn: u64) -> Option<&'a Endpoint> {
+    let (before, from) = endpoints.split_at_checked(share(turn, endpoints.len())?)?;
+    from.iter()
+        .chain(before)
+        .find(|endpoint| !tried.contains(&endpoint.address))
+        .or_else(|| from.first())
+}
+
+/// The power of two choices: nearly as even as asking all of them, and no herd runs to the one least busy.
+fn less_busy_of_two<'a>(
+    endpoints: &'a [Endpoint],
+    tried: &[SocketAddr],
+    random: u64,
+) -> Option<&'a Endpoint> {
+    let fresh = |endpoint: &&Endpoint| !tried.contains(&endpoint.address);
+    let count = if tried.is_empty() {
+        endpoints.len()
+    } else {
+        endpoints.iter().filter(fresh).count()
+    };
+    let nth = |n: usize| match count {
+        0 => None,
+        _ if count == endpoints.len() => endpoints.get(n),
+        _ => endpoints.iter().filter(fresh).nth(n),
+    };
+    if count == 0 {
+        return endpoints.get(share(random, endpoints.len())?);
+    }
+    let first = share(random & 0xffff_ffff, count)?;
+    let one = nth(first)?;
+    // Any of the others: as many steps further round as there are others.
+    let Some(step) = share(random >> 32, count - 1) else {
+        return Some(one);
+    };
+    let other = nth((first + 1 + step) % count)?;
+    Some(if other.load.active() < one.load.active() {
+        other
+    } else {
+        one
+    })
+}
+
+/// A number below `count`; `None` when there is none.
+fn share(number: u64, count: usize) -> Option<usize> {
+    let count = u64::try_from(count).ok()?;
+    usize::try_from(number.checked_rem(count)?).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+    use std::sync::Arc;
+
+    use super::*;
+
+    const POLICIES: [LoadBalancing; 2] = [LoadBalancing::RoundRobin, LoadBalancing::LeastRequest];
+
+    fn endpoints(count: u16) -> Vec<Endpoint> {
+        (0..count)
+            .map(|port| Endpoint {
+                address: ([192, 0, 2, 1], port).into(),
+                workload: None,
+                load: Arc::default(),
+            })
+            .collect()
+    }
+
+    #[test]
+    fn none_of_none() {
+        for policy in POLICIES {
+            assert!(pick(&[], policy, &[], 3, 3).is_none());
+        }
+    }
+
+    #[test]
+    fn round_robin_takes_turns_and_wraps() {
+        let all = endpoints(3);
+        let ports: Vec<u16> = [0, 1, 2, 3, u64::MAX]
+            .iter()
+            .map(|&turn| {
+                pick(&all, LoadBalancing::RoundRobin, &[], turn, 9)
+                    .unwrap()
+                    .address
+                    .port()
+            })
+            .collect();
+        assert_eq!(ports, [0, 1, 2, 0, 0]);
+    }
+
+    /// Both policies, against the rule written naively: a tried endpoint only when all were tried.
+    #[test]
+    fn tried_endpoints_are_avoided_while_others_are_left() {
+        let mut random = fastrand::Rng::with_seed(4);
+        for _ in 0..20_000 {
+            let all = endpoints(random.u16(1..6));
+            let tried: Vec<SocketAddr> = all.iter().map(|e| e.address).filter(|_| random.bool()).collect();
+            let all_tried = tried.len() == all.len();
+            for policy in POLICIES {
+                let picked = pick(&all, policy, &tried, random.u64(..), random.u64(..)).unwrap();
+                assert_eq!(tried.contains(&picked.address), all_tried);
+            }
+        }
+    }
+
+    #[test]
+    fn least_request_takes_the_less_busy_of_two() {
+        let all = endpoints(2);
+        let _busy = all[0].load.enter();
+        let mut random = fastrand::Rng::with_seed(5);
+        for _ in 0..100 {
+            let picked = pick(&all, LoadBalancing::LeastRequest, &[], 0, random.u64(..)).unwrap();
+            assert_eq!(picked.address.port(), 1);
+        }
+    }
+
+    #[test]
+    fn least_request_avoids_the_busiest_and_spreads_evenly_when_idle() {
+        let all = endpoints(4);
+        let mut random = fastrand::Rng::with_seed(6);
+        let mut seen: HashMap<u16, u32> = HashMap::new();
+        for _ in 0..40_000 {
+            let picked = pick(&all, LoadBalancing::LeastRequest, &[], 0, random.u64(..)).unwrap();
+            *seen.entry(picked.address.port()).or_default() += 1;
+        }
+        assert!(
+            seen.values().all(|count| (9_500..10_500).contains(count)),
+            "{seen:?}"
+        );
+
+        let _busiest = [all[2].load.enter(), all[2].load.enter()];
+        for _ in 0..1_000 {
+            let picked = pick(&all, LoadBalancing::LeastRequest, &[], 0, random.u64(..)).unwrap();
+            assert_ne!(picked.address.port(), 2);
+        }
+    }
+}
