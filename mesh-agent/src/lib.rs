@@ -2,8 +2,10 @@
 
 pub mod authz;
 pub mod balance;
+pub mod identity;
 pub mod model;
 pub mod retry;
 pub mod route;
 pub mod sock;
 pub mod store;
+pub mod tls;
