@@ -3,6 +3,7 @@
 pub mod authz;
 pub mod balance;
 pub mod identity;
+pub mod metrics;
 pub mod model;
 pub mod retry;
 pub mod route;

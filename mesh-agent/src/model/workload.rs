@@ -31,12 +31,25 @@ impl Workload {
         format!("{}/{}", self.namespace, self.name)
     }
 
+    /// What the pods of one Deployment have in common: the name without the parts that make each pod's its own.
+    pub fn workload_name(&self) -> &str {
+        /// `-` and the five characters that end the name of a ReplicaSet's pod.
+        const POD_SUFFIX: usize = 6;
+        let deployment = || {
+            let hash = self.labels.get("pod-template-hash")?;
+            let end = self.name.len().checked_sub(POD_SUFFIX)?;
+            let replica_set = self.name.get(..end)?;
+            replica_set.strip_suffix(&**hash)?.strip_suffix('-')
+        };
+        deployment().filter(|name| !name.is_empty()).unwrap_or(&self.name)
+    }
+
     /// Istio's canonical service: the label that names it, `app`, else the workload's name.
     pub fn canonical_service(&self) -> &str {
         ["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"]
             .iter()
             .find_map(|label| self.labels.get(*label))
-            .unwrap_or(&self.name)
+            .map_or_else(|| self.workload_name(), |name| &**name)
     }
 
     /// Istio's canonical revision: the label that names it, `version`, else `latest`.
