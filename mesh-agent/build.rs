@@ -5,6 +5,7 @@
 //! behind would be embedded, and an unchanged object costs nothing.
 
 #[path = "../xtask/src/ebpf_toolchain.rs"]
+#[expect(dead_code, reason = "what only xtask needs")]
 mod ebpf_toolchain;
 
 use std::env;
@@ -12,7 +13,7 @@ use std::error::Error;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use ebpf_toolchain::{TARGET, Toolchain};
+use ebpf_toolchain::{Run, TARGET, Toolchain};
 
 /// What decides how the object looks, besides the compiler.
 const SOURCES: [&str; 8] = [
@@ -56,7 +57,7 @@ fn compile(
 ) -> Result<(), Box<dyn Error>> {
     let arch = env::var("CARGO_CFG_TARGET_ARCH")?;
     let built = toolchain
-        .cargo("build", workspace, target_dir, &arch)
+        .command(Run::Build, workspace, target_dir, &arch)
         .arg("--quiet")
         .output()?;
     let said = String::from_utf8_lossy(&built.stderr);

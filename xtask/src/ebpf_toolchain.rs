@@ -61,13 +61,18 @@ impl Toolchain {
         }
     }
 
-    /// `cargo SUBCOMMAND` for mesh-ebpf, ready to run: `workspace` is the folder of the workspace,
-    /// `target_dir` must not be the one of a cargo that is waiting for us, and `arch` is the
+    /// A cargo run for mesh-ebpf, complete but for options of the subcommand: `workspace` is the folder of
+    /// the workspace, `target_dir` must not be the one of a cargo that waits for us, and `arch` is the
     /// architecture whose kernel will load the object.
-    pub(crate) fn cargo(&self, subcommand: &str, workspace: &Path, target_dir: &Path, arch: &str) -> Command {
-        let mut command = match &self.core {
-            Core::Precompiled => Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into())),
-            Core::FromSource { cargo } => Command::new(cargo),
+    pub(crate) fn command(&self, run: Run, workspace: &Path, target_dir: &Path, arch: &str) -> Command {
+        let cargo = match &self.core {
+            Core::Precompiled => env::var_os("CARGO").unwrap_or_else(|| "cargo".into()),
+            Core::FromSource { cargo } => cargo.into(),
+        };
+        let mut command = match run {
+            Run::Build => Command::new(&cargo),
+            // It runs the cargo that CARGO names.
+            Run::Clippy => Command::new(self.cargo_clippy()),
         };
         for (name, _) in env::vars_os() {
             let text = name.to_string_lossy();
@@ -77,14 +82,18 @@ impl Toolchain {
                 command.env_remove(&name);
             }
         }
-        command.arg(subcommand).args([
-            "--package",
-            "mesh-ebpf",
-            "--bins",
-            "--release",
-            "--target",
-            TARGET,
-        ]);
+        command
+            .arg(if run == Run::Build { "build" } else { "clippy" })
+            .args([
+                "--package",
+                "mesh-ebpf",
+                "--bins",
+                "--release",
+                "--target",
+                TARGET,
+            ])
+            .arg("--target-dir")
+            .arg(target_dir);
         match &self.core {
             // aya-ebpf needs one unstable feature, `asm_experimental_arch`.
             Core::Precompiled => command.env("RUSTC_BOOTSTRAP", "1"),
@@ -99,12 +108,23 @@ impl Toolchain {
         ];
         command
             .current_dir(workspace)
-            .arg("--target-dir")
-            .arg(target_dir)
+            .env("CARGO", cargo)
             .env("RUSTC", &self.rustc)
             .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\u{1f}"));
         command
     }
+
+    /// The clippy that belongs to the compiler, whether it is installed or not.
+    pub(crate) fn cargo_clippy(&self) -> PathBuf {
+        self.rustc.with_file_name("cargo-clippy")
+    }
+}
+
+/// What is run for the kernel side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Run {
+    Build,
+    Clippy,
 }
 
 /// What a machine lacks to compile the kernel side.
@@ -223,7 +243,7 @@ fn linker() -> Option<PathBuf> {
 }
 
 fn home() -> PathBuf {
-    env::home_dir().unwrap_or_else(|| PathBuf::from("/root"))
+    env::home_dir().unwrap_or_default()
 }
 
 fn cargo_home() -> PathBuf {

@@ -1,1 +1,53 @@
-fn main() {}
+//! The project's automation, run as `cargo xtask COMMAND`; one file per command.
+
+mod build_ebpf;
+mod ci;
+#[expect(dead_code, reason = "what only the agent's build script needs")]
+mod ebpf_toolchain;
+mod lint;
+mod prerequisites;
+mod setup;
+mod shell;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about, disable_help_subcommand = true)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Install what building and testing need, saying so first; quick when it is all there.
+    Setup(setup::Args),
+    /// Build the agent with the eBPF object inside, and list what is in the object.
+    BuildEbpf,
+    /// Check format, clippy for host and bpf target, dependencies, layers and budgets.
+    Lint,
+    /// Run every test, those too that need root, the kernel and network peers.
+    Test(test::Args),
+    /// What `.ci/run` runs: lint, then test.
+    Ci,
+}
+
+fn main() -> ExitCode {
+    let done = match Args::parse().command {
+        Command::Setup(args) => setup::run(&args),
+        Command::BuildEbpf => build_ebpf::run(),
+        Command::Lint => lint::run(),
+        Command::Test(args) => test::run(&args),
+        Command::Ci => ci::run(),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("\nerror: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

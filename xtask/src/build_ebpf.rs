@@ -1,0 +1,135 @@
+//! `cargo xtask build-ebpf`: builds the agent, and makes sure that the eBPF object is inside.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use object::{Object, ObjectSection, ObjectSymbol, SectionKind, SymbolKind};
+use serde_json::Value;
+
+use crate::setup::{self, Need};
+use crate::shell::{self, Steps};
+
+/// A release build of the agent that can capture.
+#[derive(Debug)]
+pub(crate) struct Built {
+    pub(crate) agent: PathBuf,
+    /// The object that the agent embeds.
+    pub(crate) object: PathBuf,
+}
+
+pub(crate) fn run() -> Result<()> {
+    setup::ensure(&[Need::Build])?;
+    let built = build(&mut Steps::default())?;
+    describe(&built.object)?;
+    eprintln!("embedded in {}", built.agent.display());
+    Ok(())
+}
+
+/// Builds the agent; an error if the object is missing inside.
+pub(crate) fn build(steps: &mut Steps) -> Result<Built> {
+    let built = steps.run("build the agent", || {
+        let mut cargo = shell::cargo("build");
+        cargo.args([
+            "--release",
+            "--package",
+            "mesh-agent",
+            "--message-format",
+            "json-render-diagnostics",
+        ]);
+        find_outputs(&shell::output(&mut cargo)?)
+    })?;
+    let size = built
+        .object
+        .metadata()
+        .with_context(|| format!("no {}", built.object.display()))?
+        .len();
+    if size == 0 {
+        bail!("the agent was built without its eBPF object: see the warning of the build");
+    }
+    Ok(built)
+}
+
+/// Cargo tells in its messages where it put things; guessing from the target folder could find an old build.
+fn find_outputs(messages: &str) -> Result<Built> {
+    let (mut agent, mut object) = (None, None);
+    for line in messages.lines() {
+        let message: Value = serde_json::from_str(line).context("cargo's messages are not JSON")?;
+        let package = message["package_id"].as_str().unwrap_or_default();
+        if !package.contains("/mesh-agent#") {
+            continue;
+        }
+        if let Some(out) = message["out_dir"].as_str() {
+            object = Some(Path::new(out).join("mesh-ebpf"));
+        }
+        if let Some(file) = message["executable"].as_str() {
+            agent = Some(PathBuf::from(file));
+        }
+    }
+    Ok(Built {
+        agent: agent.context("cargo names no executable of mesh-agent")?,
+        object: object.context("cargo names no build script of mesh-agent")?,
+    })
+}
+
+/// Prints programs, maps and sizes.
+fn describe(path: &Path) -> Result<()> {
+    let bytes = std::fs::read(path)?;
+    let file = object::File::parse(&*bytes).with_context(|| format!("{} is no ELF file", path.display()))?;
+    let mut programs = BTreeMap::new();
+    let mut maps = BTreeMap::new();
+    for symbol in file.symbols() {
+        let Some(section) = symbol
+            .section_index()
+            .and_then(|index| file.section_by_index(index).ok())
+        else {
+            continue;
+        };
+        let (name, section_name) = (symbol.name()?, section.name()?);
+        // `.text` has what programs call; each program has a section of its own.
+        let program = section.kind() == SectionKind::Text && section_name != ".text";
+        if program && symbol.kind() == SymbolKind::Text && symbol.is_global() {
+            programs.insert(name.to_owned(), (section_name.to_owned(), symbol.size()));
+        } else if (section_name == "maps" || section_name == ".maps") && symbol.kind() == SymbolKind::Data {
+            maps.insert(name.to_owned(), symbol.size());
+        }
+    }
+    eprintln!("programs:");
+    for (name, (section, size)) in &programs {
+        // One eBPF instruction is 8 bytes.
+        eprintln!("  {name:<32} {section:<24} {:>6} instructions", size / 8);
+    }
+    eprintln!("maps:");
+    for name in maps.keys() {
+        eprintln!("  {name}");
+    }
+    eprintln!(
+        "object: {} programs, {} maps, {} bytes",
+        programs.len(),
+        maps.len(),
+        bytes.len()
+    );
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::find_outputs;
+
+    #[test]
+    fn outputs_are_those_of_the_agent() {
+        let messages = concat!(
+            r#"{"reason":"build-script-executed","package_id":"path+file:///x/other#0.1.0","out_dir":"/no"}"#,
+            "\n",
+            r#"{"reason":"build-script-executed","package_id":"path+file:///x/mesh-agent#0.1.0","out_dir":"/o"}"#,
+            "\n",
+            r#"{"reason":"compiler-artifact","package_id":"path+file:///x/mesh-agent#0.1.0","executable":null}"#,
+            "\n",
+            r#"{"reason":"compiler-artifact","package_id":"path+file:///x/mesh-agent#0.1.0","executable":"/b/a"}"#,
+        );
+        let built = find_outputs(messages).unwrap();
+        assert_eq!(built.object.to_str(), Some("/o/mesh-ebpf"));
+        assert_eq!(built.agent.to_str(), Some("/b/a"));
+        assert!(find_outputs("").is_err());
+    }
+}

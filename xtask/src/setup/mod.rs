@@ -1,0 +1,256 @@
+//! `cargo xtask setup`: finds what building and testing need, and installs what is missing.
+//!
+//! Debian packages come from apt, which needs root; two Rust programs that no package brings are compiled into
+//! our own tools folder. Nothing is removed or upgraded, and no service that a package brings is started.
+
+mod apt;
+
+use std::fmt;
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::ebpf_toolchain::{self, Toolchain};
+use crate::shell;
+
+/// The last one that goes with aya 0.14; it must have the LLVM that the eBPF compiler has, or a newer one.
+const BPF_LINKER: &str = "0.13.0";
+const LLVM_PREFIX: &str = "/usr/lib/llvm-22";
+const CARGO_DENY: &str = "0.20.2";
+
+/// Debian's compiler for the bpf target: rustc with LLVM 22, and a precompiled `core`.
+const COMPILER_PACKAGES: [&str; 2] = ["rustc-web", "libstd-rust-web-dev-bpf"];
+/// What compiling bpf-linker needs.
+const LINKER_PACKAGES: [&str; 2] = ["llvm-22-dev", "libpolly-22-dev"];
+
+/// The peers of the tests and the demo: a program that must be there, and the package that brings it.
+const PEERS: [(&str, &str); 7] = [
+    ("curl", "curl"),
+    ("h2load", "nghttp2-client"),
+    ("ip", "iproute2"),
+    ("nginx", "nginx-light"),
+    ("openssl", "openssl"),
+    ("ping", "iputils-ping"),
+    ("tcpdump", "tcpdump"),
+];
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Only report what is there and what is missing; fails if something is.
+    #[arg(long)]
+    check: bool,
+}
+
+/// What a command needs from the machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Need {
+    /// The eBPF compiler and linker.
+    Build,
+    /// Clippy for the eBPF compiler, and cargo-deny.
+    Lint,
+    /// Servers, clients and tools that tests and the demo run.
+    Peers,
+}
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let all = [Need::Build, Need::Lint, Need::Peers];
+    let (found, plan) = examine(&all);
+    for (what, place) in &found {
+        eprintln!("    {what:<28} {}", place.display());
+    }
+    if plan.is_empty() {
+        eprintln!("==> setup: everything is there");
+        return Ok(());
+    }
+    if args.check {
+        bail!("missing:\n{plan}\n`cargo xtask setup` installs it");
+    }
+    ensure(&all)
+}
+
+/// Installs what is missing of `needs`; says nothing if that is nothing.
+pub(crate) fn ensure(needs: &[Need]) -> Result<()> {
+    let (_, plan) = examine(needs);
+    if plan.is_empty() {
+        return Ok(());
+    }
+    eprintln!("==> setup: will install\n{plan}");
+    apt::install(&plan.packages)?;
+    for tool in &plan.tools {
+        eprintln!(
+            "==> setup: compile {} {} (a few minutes, once)",
+            tool.name, tool.version
+        );
+        tool.install()?;
+    }
+    let (_, left) = examine(needs);
+    if !left.is_empty() {
+        bail!("still missing after the installation:\n{left}");
+    }
+    eprintln!("==> setup: everything is there");
+    Ok(())
+}
+
+/// What is to be installed, in this order.
+#[derive(Debug, Default)]
+struct Plan {
+    packages: Vec<&'static str>,
+    tools: Vec<Tool>,
+}
+
+impl Plan {
+    fn is_empty(&self) -> bool {
+        self.packages.is_empty() && self.tools.is_empty()
+    }
+
+    fn add(&mut self, packages: &[&'static str]) {
+        for package in packages {
+            if !self.packages.contains(package) {
+                self.packages.push(package);
+            }
+        }
+    }
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut lines = Vec::new();
+        if !self.packages.is_empty() {
+            lines.push(format!("    Debian packages: {}", self.packages.join(" ")));
+        }
+        for tool in &self.tools {
+            let root = ebpf_toolchain::tools_dir();
+            lines.push(format!(
+                "    {} {} (cargo install, into {})",
+                tool.name,
+                tool.version,
+                root.display()
+            ));
+        }
+        write!(out, "{}", lines.join("\n"))
+    }
+}
+
+/// A program that `cargo install` brings.
+#[derive(Debug)]
+struct Tool {
+    name: &'static str,
+    version: &'static str,
+    options: &'static [&'static str],
+    environment: &'static [(&'static str, &'static str)],
+}
+
+const BPF_LINKER_TOOL: Tool = Tool {
+    name: "bpf-linker",
+    version: BPF_LINKER,
+    options: &["--no-default-features", "--features", "llvm-22"],
+    environment: &[("LLVM_PREFIX", LLVM_PREFIX)],
+};
+
+/// Checks a few hundred crates once per lint: half the time to compile matters more than its speed.
+const CARGO_DENY_TOOL: Tool = Tool {
+    name: "cargo-deny",
+    version: CARGO_DENY,
+    options: &["--debug"],
+    environment: &[("CARGO_PROFILE_DEV_DEBUG", "false")],
+};
+
+impl Tool {
+    fn install(&self) -> Result<()> {
+        let root = ebpf_toolchain::tools_dir();
+        // Not the workspace's target folder, which would keep gigabytes that are of no more use.
+        let scratch = root.join("build");
+        let mut cargo = shell::cargo("install");
+        cargo
+            .args([self.name, "--version", self.version, "--locked"])
+            .args(self.options)
+            .arg("--root")
+            .arg(&root)
+            .arg("--target-dir")
+            .arg(&scratch)
+            .envs(self.environment.iter().copied());
+        shell::run(&mut cargo)?;
+        fs::remove_dir_all(&scratch).with_context(|| format!("cannot remove {}", scratch.display()))
+    }
+
+    fn find(&self) -> Option<PathBuf> {
+        let ours = ebpf_toolchain::tools_dir().join("bin").join(self.name);
+        if ours.is_file() {
+            Some(ours)
+        } else {
+            shell::program(self.name)
+        }
+    }
+}
+
+/// Where cargo-deny is, once setup has run.
+pub(crate) fn cargo_deny() -> Result<PathBuf> {
+    CARGO_DENY_TOOL
+        .find()
+        .context("no cargo-deny: run `cargo xtask setup`")
+}
+
+type Found = Vec<(String, PathBuf)>;
+
+/// Looks at the machine: what is there of `needs`, and what to install for the rest.
+fn examine(needs: &[Need]) -> (Found, Plan) {
+    let (mut found, mut plan) = (Found::new(), Plan::default());
+    for need in needs {
+        match need {
+            Need::Build => examine_build(&mut found, &mut plan),
+            Need::Lint => examine_lint(&mut found, &mut plan),
+            Need::Peers => examine_peers(&mut found, &mut plan),
+        }
+    }
+    (found, plan)
+}
+
+fn examine_build(found: &mut Found, plan: &mut Plan) {
+    let located = Toolchain::locate();
+    // A linker whose LLVM library is gone is a linker to be made anew.
+    let linker_runs = |linker: &PathBuf| {
+        Command::new(linker)
+            .arg("--version")
+            .output()
+            .is_ok_and(|o| o.status.success())
+    };
+    let (compiler_missing, linker_missing) = match &located {
+        Ok(toolchain) => (false, !linker_runs(&toolchain.linker)),
+        Err(missing) => (missing.compiler, missing.linker),
+    };
+    if compiler_missing {
+        plan.add(&COMPILER_PACKAGES);
+    }
+    if linker_missing {
+        plan.add(&LINKER_PACKAGES);
+        plan.tools.push(BPF_LINKER_TOOL);
+    }
+    if let Ok(toolchain) = located {
+        found.push(("eBPF compiler".to_owned(), toolchain.rustc));
+        if !linker_missing {
+            found.push(("eBPF linker".to_owned(), toolchain.linker));
+        }
+    }
+}
+
+fn examine_lint(found: &mut Found, plan: &mut Plan) {
+    match Toolchain::locate().ok().map(|toolchain| toolchain.cargo_clippy()) {
+        Some(clippy) if clippy.is_file() => found.push(("clippy of the eBPF compiler".to_owned(), clippy)),
+        _ => plan.add(&["rust-web-clippy"]),
+    }
+    match CARGO_DENY_TOOL.find() {
+        Some(place) => found.push(("cargo-deny".to_owned(), place)),
+        None => plan.tools.push(CARGO_DENY_TOOL),
+    }
+}
+
+fn examine_peers(found: &mut Found, plan: &mut Plan) {
+    for (name, package) in PEERS {
+        match shell::program(name) {
+            Some(place) => found.push((name.to_owned(), place)),
+            None => plan.add(&[package]),
+        }
+    }
+}

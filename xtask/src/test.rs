@@ -1,0 +1,92 @@
+//! `cargo xtask test`: every test, those too that need root, a real kernel and real peers.
+//!
+//! No test skips itself. What a machine cannot run is found before anything is built, and is an error that
+//! says why; with `--allow-missing` it is listed instead.
+
+use std::path::Path;
+
+use anyhow::{Result, bail};
+
+use crate::build_ebpf;
+use crate::prerequisites;
+use crate::setup::{self, Need};
+use crate::shell::{self, Steps};
+
+#[derive(Debug, Default, clap::Args)]
+pub(crate) struct Args {
+    /// Leave out what cannot run here, and say what that is.
+    #[arg(long)]
+    allow_missing: bool,
+    /// Run only tests whose name contains this.
+    filter: Option<String>,
+}
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let mut steps = Steps::default();
+    let outcome = run_steps(&mut steps, args);
+    steps.print_times();
+    outcome
+}
+
+pub(crate) fn run_steps(steps: &mut Steps, args: &Args) -> Result<()> {
+    let missing = missing();
+    if !missing.is_empty() && !args.allow_missing {
+        bail!(
+            "the privileged tests cannot run here:\n{}\n(--allow-missing leaves them out)",
+            listed(&missing)
+        );
+    }
+    steps.try_run("unit tests", || {
+        let mut cargo = shell::cargo("test");
+        cargo.args([
+            "--package",
+            "mesh-common",
+            "--package",
+            "mesh-agent",
+            "--package",
+            "xtask",
+        ]);
+        cargo_test(cargo, args)
+    });
+    if missing.is_empty() {
+        let built = build_ebpf::build(steps)?;
+        steps.try_run("privileged tests", || privileged(&built.agent, args));
+    } else {
+        eprintln!("==> privileged tests: LEFT OUT, since\n{}", listed(&missing));
+    }
+    steps.finish()
+}
+
+/// Why privileged tests cannot run, once what can be installed is.
+fn missing() -> Vec<String> {
+    // Setup first: its programs are what the rest is tried with.
+    let setup = setup::ensure(&[Need::Build, Need::Peers])
+        .err()
+        .map(|error| format!("{error:#}"));
+    setup.into_iter().chain(prerequisites::missing()).collect()
+}
+
+fn listed(reasons: &[String]) -> String {
+    reasons
+        .iter()
+        .map(|reason| format!("  - {reason}"))
+        .collect::<Vec<_>>()
+        .join("\n")
+}
+
+fn privileged(agent: &Path, args: &Args) -> Result<()> {
+    let mut cargo = shell::cargo("test");
+    // The very agent that users run, with the object inside.
+    cargo
+        .args(["--package", "mesh-tests"])
+        .env("MESH_AGENT_BIN", agent);
+    cargo_test(cargo, args)
+}
+
+fn cargo_test(mut cargo: std::process::Command, args: &Args) -> Result<()> {
+    cargo.args(["--release", "--no-fail-fast"]);
+    if let Some(filter) = &args.filter {
+        cargo.args(["--", filter]);
+    }
+    shell::run(&mut cargo)
+}
