@@ -1,0 +1,133 @@
+//! One node's agent: its configuration, its process, its admin page.
+
+use std::fs;
+use std::net::{SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::{Process, Run, http, until_ok};
+
+/// A cold start on a busy machine: loading programs, making a root certificate.
+const START: Duration = Duration::from_secs(30);
+
+#[derive(Debug)]
+pub struct Agent {
+    pub node: String,
+    pub admin: SocketAddr,
+    pub metrics: SocketAddr,
+    pub config: PathBuf,
+    program: PathBuf,
+    log_filter: String,
+    process: Option<Process>,
+}
+
+impl Agent {
+    /// Writes the configuration of a node's agent; it does not run yet.
+    pub(crate) fn new(run: &Run, node: &str, program: &Path, log_filter: &str) -> Result<Self> {
+        let (admin, metrics) = (free_port()?, free_port()?);
+        let dir = run.dir();
+        let state = dir.join("state").join(node);
+        fs::create_dir_all(&state)?;
+        let config = dir.join(format!("{node}.yaml"));
+        let text = format!(
+            "node: {node}\n\
+             resources:\n  files: [{resources}]\n\
+             identity:\n  ca: {{directory: {ca}}}\n\
+             admin: {{address: '{admin}'}}\n\
+             metrics: {{address: '{metrics}'}}\n\
+             stateDir: {state}\n\
+             bpffs: {bpffs}\n",
+            resources = dir.join("resources").display(),
+            ca = dir.join("ca").display(),
+            state = state.display(),
+            bpffs = run.bpffs().join(node).display(),
+        );
+        fs::write(&config, text)?;
+        Ok(Self {
+            node: node.to_owned(),
+            admin,
+            metrics,
+            config,
+            program: program.to_owned(),
+            log_filter: log_filter.to_owned(),
+            process: None,
+        })
+    }
+
+    /// Starts the agent and waits until it says that it is ready.
+    pub fn start(&mut self, run: &Run) -> Result<()> {
+        self.spawn(run)?;
+        self.wait_ready()
+    }
+
+    /// Starts the agent without waiting.
+    pub fn spawn(&mut self, run: &Run) -> Result<()> {
+        let mut command = Command::new(&self.program);
+        command.arg("run").arg("--config").arg(&self.config);
+        command.env("RUST_LOG", &self.log_filter);
+        self.process = Some(Process::spawn(run, &self.node, &mut command)?);
+        Ok(())
+    }
+
+    pub fn wait_ready(&mut self) -> Result<()> {
+        let (node, metrics) = (self.node.clone(), self.metrics);
+        let process = self.process()?;
+        let ready = until_ok(&format!("the agent of {node}"), START, || {
+            // An agent that gave up will not become ready.
+            match process.has_ended()? {
+                Some(status) => Ok(Err(status)),
+                None => http::get(metrics, "/readyz").map(Ok),
+            }
+        })?;
+        match ready {
+            Ok(_) => Ok(()),
+            Err(status) => bail!("the agent of {node} ended with {status}:\n{}", self.log()),
+        }
+    }
+
+    /// One of its JSON pages.
+    pub fn get(&self, path: &str) -> Result<Value> {
+        http::get_json(self.admin, path)
+    }
+
+    /// What Prometheus would read.
+    pub fn metrics(&self) -> Result<String> {
+        http::get(self.metrics, "/metrics")
+    }
+
+    pub fn process(&mut self) -> Result<&mut Process> {
+        self.process
+            .as_mut()
+            .with_context(|| format!("the agent of {} does not run", self.node))
+    }
+
+    /// Asks the agent to stop, and waits until it did.
+    pub fn stop(&mut self, most: Duration) -> Result<()> {
+        self.process()?.signal(Signal::SIGTERM)?;
+        let status = self.process()?.wait(most)?;
+        if !status.success() {
+            bail!("the agent of {} ended with {status}:\n{}", self.node, self.log());
+        }
+        self.process = None;
+        Ok(())
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self) {
+        self.process = None;
+    }
+
+    pub fn log(&self) -> String {
+        self.process.as_ref().map_or_else(String::new, Process::log)
+    }
+}
+
+/// A port of the loopback address that is free now.
+fn free_port() -> Result<SocketAddr> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?)
+}

@@ -1,0 +1,43 @@
+//! The other side of the tests: servers and a load generator that run inside pods.
+//!
+//! `mesh-peer http|greeter|echo NAME PORT` listens at all addresses, IPv4 and IPv6, and says so when it does;
+//! `mesh-peer load URL [OPTIONS]` sends requests and prints a report as JSON.
+
+mod http;
+mod load;
+mod tcp;
+
+use std::net::Ipv6Addr;
+
+use anyhow::{Context, Result, bail};
+use tokio::net::TcpListener;
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    match args[..] {
+        ["load", url, ref options @ ..] => load::run(url, options).await,
+        [kind, name, port] => serve(kind, name, port.parse()?).await,
+        _ => bail!("usage: mesh-peer http|greeter|echo NAME PORT | mesh-peer load URL [OPTIONS]"),
+    }
+}
+
+async fn serve(kind: &str, name: &str, port: u16) -> Result<()> {
+    let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, port))
+        .await
+        .with_context(|| format!("cannot listen at port {port}"))?;
+    eprintln!("listening at port {port}");
+    loop {
+        let (stream, peer) = listener.accept().await?;
+        stream.set_nodelay(true)?;
+        let peer = (peer.ip().to_canonical(), peer.port()).into();
+        let name = name.to_owned();
+        match kind {
+            "http" => tokio::spawn(http::serve(stream, peer, name)),
+            "greeter" => tokio::spawn(tcp::greet(stream, peer, name)),
+            "echo" => tokio::spawn(tcp::echo(stream)),
+            other => bail!("there is no server {other}"),
+        };
+    }
+}

@@ -1,0 +1,222 @@
+//! Two nodes with their agents, the resources they read, and the pods.
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use crate::wire::{self, TRUNK, Wire};
+use crate::{Agent, Capture, Netns, Pod, PodSpec, Run, until_ok};
+
+/// The server that pods ask for names; nobody is there, so what the agents do not know is not known.
+const NAMESERVER: &str = "10.96.0.10";
+/// What a changed resource may take to have effect everywhere.
+const SETTLE: Duration = Duration::from_secs(10);
+
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Prefixes everything that the mesh makes. By default a name that no other run has.
+    pub name: Option<String>,
+    /// Whether the agents are started.
+    pub agents: bool,
+    /// The agents' `RUST_LOG`.
+    pub log: String,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            name: None,
+            agents: true,
+            log: "info".to_owned(),
+        }
+    }
+}
+
+/// Everything of it ends when it is dropped. When that happens in a panic, the agents' logs are printed.
+#[derive(Debug)]
+pub struct Mesh {
+    pub agents: Vec<Agent>,
+    wire: Wire,
+    /// The last address given out on each node.
+    last: [u8; 2],
+    peer: PathBuf,
+    /// Dropped last.
+    pub run: Run,
+}
+
+impl Mesh {
+    pub fn start(options: &Options) -> Result<Self> {
+        static RUNS: AtomicU32 = AtomicU32::new(0);
+        let name = options
+            .name
+            .clone()
+            .unwrap_or_else(|| format!("t{}n{}", std::process::id(), RUNS.fetch_add(1, Ordering::Relaxed)));
+        let run = Run::start(&name)?;
+        fs::create_dir(run.dir().join("resources"))?;
+        let wire = Wire::new(&run)?;
+        let mut agents = Vec::new();
+        if options.agents {
+            let program = program("mesh-agent", "MESH_AGENT_BIN")?;
+            for node in ["node-a", "node-b"] {
+                let mut agent = Agent::new(&run, node, &program, &options.log)?;
+                agent.start(&run)?;
+                agents.push(agent);
+            }
+        }
+        Ok(Self {
+            agents,
+            wire,
+            last: [0; 2],
+            peer: program("mesh-peer", "MESH_PEER_BIN")?,
+            run,
+        })
+    }
+
+    /// A pod without programs. With agents, it is enrolled when this returns.
+    pub fn pod(&mut self, spec: PodSpec) -> Result<Pod> {
+        let last = self.last.get_mut(spec.node).context("there are two nodes")?;
+        *last += 1;
+        let [v4, v6] = wire::pod_addresses(spec.node, *last)?;
+        let netns = Netns::create(&self.run.netns(&spec.name))?;
+        let search = format!(
+            "{}.svc.cluster.local svc.cluster.local cluster.local",
+            spec.namespace
+        );
+        netns.set_resolv_conf(&format!(
+            "nameserver {NAMESERVER}\nsearch {search}\noptions ndots:5\n"
+        ))?;
+        let port = format!("pod{last}");
+        self.wire.attach(spec.node, &port, &netns, &[v4, v6])?;
+        let pod = Pod {
+            spec,
+            netns,
+            v4,
+            v6,
+            peer: self.peer.clone(),
+            servers: Vec::new(),
+        };
+        self.announce(&pod)?;
+        if !self.agents.is_empty() {
+            self.wait_known(&pod)?;
+        }
+        Ok(pod)
+    }
+
+    /// Writes the pod's document.
+    pub fn announce(&self, pod: &Pod) -> Result<()> {
+        let node = ["node-a", "node-b"][pod.spec.node];
+        let document = pod.spec.document(node, &pod.netns, &[pod.v4, pod.v6])?;
+        self.apply(&document_name(pod), &document)
+    }
+
+    /// Removes the pod's document; the pod goes on.
+    pub fn withdraw(&self, pod: &Pod) -> Result<()> {
+        self.remove(&document_name(pod))
+    }
+
+    /// Writes a Service document: clusterIPs, then ports as (name, port, target port), then the selector's `app`.
+    pub fn service(&self, name: &str, ips: &[&str], ports: &[(&str, u16, u16)], app: &str) -> Result<()> {
+        let mut text =
+            format!("apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: shop}}\nspec:\n");
+        if let Some(first) = ips.first() {
+            let all: Vec<String> = ips.iter().map(|ip| format!("'{ip}'")).collect();
+            text.push_str(&format!(
+                "  clusterIP: '{first}'\n  clusterIPs: [{}]\n",
+                all.join(", ")
+            ));
+        }
+        text.push_str(&format!("  selector: {{app: {app}}}\n  ports:\n"));
+        for (port_name, port, target) in ports {
+            text.push_str(&format!(
+                "    - {{name: {port_name}, port: {port}, targetPort: {target}}}\n"
+            ));
+        }
+        self.apply(&format!("service-{name}"), &text)
+    }
+
+    /// Writes a file of resources, as a whole at once.
+    pub fn apply(&self, name: &str, yaml: &str) -> Result<()> {
+        let new = self.run.dir().join("new-resource");
+        fs::write(&new, yaml)?;
+        fs::rename(&new, self.resource(name)).context("cannot write a resource")
+    }
+
+    pub fn remove(&self, name: &str) -> Result<()> {
+        fs::remove_file(self.resource(name)).with_context(|| format!("no resource {name}"))
+    }
+
+    /// Listens on the link between the nodes.
+    pub fn capture(&self, name: &str) -> Result<Capture> {
+        Capture::start(&self.run, name, self.wire.bridge(0)?, TRUNK)
+    }
+
+    /// Waits until both agents know a pod, and its own has enrolled it.
+    pub fn wait_known(&self, pod: &Pod) -> Result<()> {
+        for (node, agent) in self.agents.iter().enumerate() {
+            let own = node == pod.spec.node && pod.spec.meshed;
+            until_ok(
+                &format!("{} to know {}", agent.node, pod.spec.name),
+                SETTLE,
+                || {
+                    let workloads = agent.get("/api/v1/workloads")?;
+                    let found =
+                        find(&workloads, &pod.spec.namespace, &pod.spec.name).context("it is not listed")?;
+                    if own && !is_enrolled(found) {
+                        bail!("it is not enrolled: {found}");
+                    }
+                    Ok(())
+                },
+            )?;
+        }
+        Ok(())
+    }
+
+    fn resource(&self, name: &str) -> PathBuf {
+        self.run.dir().join("resources").join(format!("{name}.yaml"))
+    }
+}
+
+impl Drop for Mesh {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            for agent in &self.agents {
+                eprintln!("---- the agent of {}:\n{}----", agent.node, agent.log());
+            }
+        }
+    }
+}
+
+fn document_name(pod: &Pod) -> String {
+    format!("pod-{}-{}", pod.spec.namespace, pod.spec.name)
+}
+
+/// One item of an admin page's list.
+fn find<'a>(list: &'a Value, namespace: &str, name: &str) -> Option<&'a Value> {
+    list.as_array()?
+        .iter()
+        .find(|item| item["namespace"] == namespace && item["name"] == name)
+}
+
+fn is_enrolled(workload: &Value) -> bool {
+    workload["state"] == "enrolled"
+}
+
+/// A program of this workspace: where the variable says, else where cargo put it beside us.
+fn program(name: &str, variable: &str) -> Result<PathBuf> {
+    if let Some(path) = env::var_os(variable) {
+        return Ok(path.into());
+    }
+    let own = env::current_exe()?;
+    own.ancestors()
+        .skip(1)
+        .take(2)
+        .map(|folder| Path::new(folder).join(name))
+        .find(|file| file.is_file())
+        .with_context(|| format!("{name} is not built; build it, or say in {variable} where it is"))
+}
