@@ -2,6 +2,7 @@
 
 pub mod authz;
 pub mod balance;
+pub mod ebpf;
 pub mod identity;
 pub mod metrics;
 pub mod model;

@@ -1,3 +1,2 @@
-//! Empty: it only gives cargo a library to track the crate by.
-
+//! Empty: exists so that cargo tracks this crate. The program is `main.rs`.
 #![no_std]

@@ -1,0 +1,123 @@
+//! Our folder on the BPF filesystem, and the root of the cgroup2 hierarchy.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use mesh_common::maps;
+use nix::mount::{MsFlags, mount};
+use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+
+use super::CaptureError;
+
+/// The folders that this layout of maps uses.
+#[derive(Clone, Debug)]
+pub(super) struct Folders {
+    pub(super) root: PathBuf,
+    pub(super) maps: PathBuf,
+    pub(super) links: PathBuf,
+}
+
+impl Folders {
+    pub(super) fn new(bpffs: &Path) -> Self {
+        let layout = bpffs.join(maps::LAYOUT);
+        Self {
+            root: bpffs.to_owned(),
+            maps: layout.join("maps"),
+            links: layout.join("links"),
+        }
+    }
+
+    /// Makes them, mounting a BPF filesystem at the parent of our folder if there is none yet.
+    pub(super) fn create(&self) -> Result<(), CaptureError> {
+        let parent = self.root.parent().unwrap_or(&self.root);
+        let failed = |source: io::Error| CaptureError::Bpffs {
+            path: parent.to_owned(),
+            source,
+        };
+        let kind = statfs(parent)
+            .map_err(|error| failed(error.into()))?
+            .filesystem_type();
+        if kind != BPF_FS_MAGIC {
+            mount(
+                Some("bpf"),
+                parent,
+                Some("bpf"),
+                MsFlags::empty(),
+                Some("mode=0700"),
+            )
+            .map_err(|error| failed(error.into()))?;
+            tracing::info!(path = %parent.display(), "mounted a BPF filesystem");
+        }
+        for folder in [&self.maps, &self.links] {
+            fs::create_dir_all(folder).map_err(|source| CaptureError::Bpffs {
+                path: folder.clone(),
+                source,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The link of a workload's `sk_lookup` program.
+    pub(super) fn lookup_link(&self, workload: u64) -> PathBuf {
+        self.links.join(format!("{LOOKUP_PREFIX}{workload:x}"))
+    }
+}
+
+const LOOKUP_PREFIX: &str = "lookup-";
+
+/// The workload whose link has this file name.
+pub(super) fn lookup_link_owner(name: &str) -> Option<u64> {
+    u64::from_str_radix(name.strip_prefix(LOOKUP_PREFIX)?, 16).ok()
+}
+
+/// File names in `folder`; none if it does not exist.
+pub(super) fn entries(folder: &Path) -> io::Result<Vec<String>> {
+    match fs::read_dir(folder) {
+        Ok(entries) => entries
+            .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+            .collect(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(error),
+    }
+}
+
+/// The root of the cgroup2 hierarchy, wherever this machine has it.
+pub(super) fn cgroup_root() -> Result<File, CaptureError> {
+    let mounts = fs::read_to_string("/proc/self/mounts").map_err(CaptureError::Mounts)?;
+    let path = cgroup2_mount(&mounts).ok_or(CaptureError::NoCgroup2)?;
+    File::open(path).map_err(|source| CaptureError::Cgroup {
+        path: path.into(),
+        source,
+    })
+}
+
+/// The first cgroup2 mount in the text of `/proc/self/mounts`.
+fn cgroup2_mount(mounts: &str) -> Option<&str> {
+    mounts.lines().find_map(|line| {
+        let mut fields = line.split(' ');
+        let path = fields.nth(1)?;
+        (fields.next()? == "cgroup2").then_some(path)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn finds_cgroup2_beside_version_1() {
+        let mounts = "cgroup /sys/fs/cgroup/cpu cgroup rw,cpu 0 0\n\
+                      cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\n";
+        assert_eq!(cgroup2_mount(mounts), Some("/sys/fs/cgroup/unified"));
+        assert_eq!(cgroup2_mount("proc /proc proc rw 0 0\n"), None);
+    }
+
+    #[test]
+    fn a_link_is_named_after_its_workload() {
+        let path = Folders::new(Path::new("/sys/fs/bpf/x")).lookup_link(0x1234);
+        let name = path.file_name().unwrap().to_str().unwrap();
+        assert_eq!(lookup_link_owner(name), Some(0x1234));
+        assert_eq!(lookup_link_owner("connect4"), None);
+    }
+}

@@ -1,0 +1,63 @@
+//! What can go wrong, and what to do about it.
+
+use std::io;
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+#[derive(Debug, Error)]
+pub enum CaptureError {
+    #[error("this agent was built without its eBPF programs: run `cargo xtask build-ebpf`, then build again")]
+    NoPrograms,
+    #[error("cannot use {} as a BPF filesystem: {source}; run `mount -t bpf bpf {}` as root", path.display(), path.display())]
+    Bpffs { path: PathBuf, source: io::Error },
+    #[error("no cgroup2 hierarchy is mounted; run `mount -t cgroup2 none /sys/fs/cgroup`")]
+    NoCgroup2,
+    #[error("cannot read /proc/self/mounts: {0}")]
+    Mounts(io::Error),
+    #[error("cannot open the cgroup {}: {source}", path.display())]
+    Cgroup { path: PathBuf, source: io::Error },
+    #[error("cannot load the eBPF object: {0}")]
+    Object(#[from] aya::EbpfError),
+    #[error("the eBPF object has no program {0}; build the agent again")]
+    MissingProgram(&'static str),
+    #[error("the kernel does not take the program {name}: {source}")]
+    Program {
+        name: &'static str,
+        source: Box<aya::programs::ProgramError>,
+    },
+    #[error("cannot attach {name}: {source}")]
+    Attach { name: String, source: io::Error },
+    #[error("{}: {source}", path.display())]
+    Pin { path: PathBuf, source: io::Error },
+    #[error("the map at {} has another layout than this agent's; run `mesh-agent uninstall` first", path.display())]
+    ForeignMap { path: PathBuf },
+    #[error("{place} is not a network namespace that can be entered: {source}")]
+    Namespace { place: String, source: io::Error },
+    #[error("{place} has no address {address}; it has {}", list(present))]
+    NoSuchAddress {
+        place: String,
+        address: IpAddr,
+        present: Vec<IpAddr>,
+    },
+    #[error("a workload needs at least one address")]
+    NoAddress,
+    #[error("cannot open the agent's listeners in {place}: {source}")]
+    Listeners { place: String, source: io::Error },
+    #[error("cannot write the map {map}: {source}")]
+    Map { map: &'static str, source: io::Error },
+    #[error("an agent is alive there: stop it first")]
+    AgentAlive,
+}
+
+fn list(addresses: &[IpAddr]) -> String {
+    if addresses.is_empty() {
+        return "none".to_owned();
+    }
+    addresses
+        .iter()
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(", ")
+}

@@ -1,0 +1,148 @@
+//! Network namespaces: what names one, and doing something inside.
+//!
+//! Invariant: a thread that entered a namespace is back in the agent's own before `within` returns, or the
+//! process ends: a runtime thread in the wrong namespace would send traffic from the wrong workload.
+
+use std::fs::File;
+use std::io;
+use std::net::UdpSocket;
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+use std::process;
+use std::sync::Arc;
+
+use mesh_common::WorkloadKey;
+use nix::sched::{CloneFlags, setns};
+
+/// The namespace of the agent itself, opened before any other is entered.
+#[derive(Clone, Debug)]
+pub(super) struct Home(Arc<OwnedFd>);
+
+impl Home {
+    pub(super) fn open() -> io::Result<Self> {
+        Ok(Self(Arc::new(File::open("/proc/thread-self/ns/net")?.into())))
+    }
+}
+
+/// An open network namespace. It lives at least as long as this, even if its name is removed.
+#[derive(Debug)]
+pub(super) struct Netns {
+    file: OwnedFd,
+    identity: NetnsIdentity,
+    cookie: WorkloadKey,
+    home: Home,
+}
+
+/// Tells namespaces apart without entering them; never reused while one of the two is open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NetnsIdentity {
+    device: u64,
+    inode: u64,
+}
+
+impl NetnsIdentity {
+    /// Of the namespace that `path` names now.
+    pub fn of(path: &Path) -> io::Result<Self> {
+        Self::of_file(&File::open(path)?)
+    }
+
+    fn of_file(file: &File) -> io::Result<Self> {
+        let metadata = file.metadata()?;
+        Ok(Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+        })
+    }
+}
+
+impl Netns {
+    pub(super) fn open(path: &Path, home: &Home) -> io::Result<Self> {
+        Self::from_file(File::open(path)?, home)
+    }
+
+    /// Fails with EINVAL if `file` is not a network namespace.
+    pub(super) fn from_file(file: File, home: &Home) -> io::Result<Self> {
+        let identity = NetnsIdentity::of_file(&file)?;
+        let file = OwnedFd::from(file);
+        let cookie = within(file.as_fd(), home, netns_cookie)??;
+        Ok(Self {
+            file,
+            identity,
+            cookie,
+            home: home.clone(),
+        })
+    }
+
+    pub(super) fn cookie(&self) -> WorkloadKey {
+        self.cookie
+    }
+
+    pub(super) fn identity(&self) -> NetnsIdentity {
+        self.identity
+    }
+
+    pub(super) fn as_file(&self) -> &OwnedFd {
+        &self.file
+    }
+
+    /// Runs `action` on this thread inside the namespace.
+    pub(super) fn within<R>(&self, action: impl FnOnce() -> R) -> io::Result<R> {
+        within(self.file.as_fd(), &self.home, action)
+    }
+}
+
+fn within<R>(netns: impl AsFd, home: &Home, action: impl FnOnce() -> R) -> io::Result<R> {
+    /// Returns home even if `action` panics.
+    struct Return<'a>(&'a Home);
+    impl Drop for Return<'_> {
+        fn drop(&mut self) {
+            if let Err(error) = setns(&*self.0.0, CloneFlags::CLONE_NEWNET) {
+                tracing::error!(%error, "cannot return to the agent's own network namespace: stopping at once");
+                process::abort();
+            }
+        }
+    }
+    setns(netns, CloneFlags::CLONE_NEWNET)?;
+    let _return = Return(home);
+    Ok(action())
+}
+
+/// `SO_NETNS_COOKIE` of `asm-generic/socket.h` (Linux 5.14), which libc does not have everywhere.
+const SO_NETNS_COOKIE: libc::c_int = 71;
+
+fn netns_cookie() -> io::Result<WorkloadKey> {
+    // Any socket of the namespace will do; nix can make one without binding it.
+    let socket = nix::sys::socket::socket(
+        nix::sys::socket::AddressFamily::Inet,
+        nix::sys::socket::SockType::Datagram,
+        nix::sys::socket::SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
+    get_u64(&UdpSocket::from(socket), SO_NETNS_COOKIE)
+}
+
+/// The number by which the kernel side knows a socket.
+pub(super) fn socket_cookie(socket: &impl AsFd) -> io::Result<u64> {
+    get_u64(socket, libc::SO_COOKIE)
+}
+
+fn get_u64(socket: &impl AsFd, option: libc::c_int) -> io::Result<u64> {
+    let mut value = 0_u64;
+    let mut len = libc::socklen_t::try_from(size_of::<u64>()).map_err(io::Error::other)?;
+    // SAFETY: `value` is `len` bytes, which is what both options write.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            option,
+            (&raw mut value).cast(),
+            &raw mut len,
+        )
+    };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(value)
+    }
+}

@@ -1,0 +1,193 @@
+//! The object, its programs, and their pinned links.
+//!
+//! Invariants: every map is the pinned one, so each loaded copy of the object works on the same state; a hook
+//! has one pinned link, created once and updated in place from then on, so that no agent leaves a second one.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
+
+use aya::programs::{CgroupSockAddr, Program, ProgramError, ProgramFd, SkLookup, SockOps};
+use aya::util::KernelVersion;
+use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
+use mesh_common::{WorkloadKey, maps};
+use serde::Serialize;
+
+use super::CaptureError;
+use super::bpffs::Folders;
+use super::sys;
+
+/// Made by `build.rs`; empty if the machine had no eBPF compiler.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mesh-ebpf"));
+
+/// A program attached at the cgroup root.
+struct Hook {
+    /// Of the link's pin.
+    name: &'static str,
+    /// Of the program in the object.
+    program: &'static str,
+    /// `enum bpf_attach_type`.
+    attach_type: u32,
+}
+
+const fn hook(name: &'static str, program: &'static str, attach_type: u32) -> Hook {
+    Hook {
+        name,
+        program,
+        attach_type,
+    }
+}
+
+/// In the order in which they are attached: what answers for a captured socket comes before what captures.
+const HOOKS: [Hook; 9] = [
+    hook("sockops", "mesh_sockops", 3),
+    hook("getpeername4", "mesh_peername4", 29),
+    hook("getpeername6", "mesh_peername6", 30),
+    hook("recvmsg4", "mesh_recvmsg4", 19),
+    hook("recvmsg6", "mesh_recvmsg6", 20),
+    hook("sendmsg4", "mesh_sendmsg4", 14),
+    hook("sendmsg6", "mesh_sendmsg6", 15),
+    hook("connect4", "mesh_connect4", 10),
+    hook("connect6", "mesh_connect6", 11),
+];
+
+const LOOKUP_PROGRAM: &str = "mesh_lookup";
+/// `BPF_SK_LOOKUP`.
+const LOOKUP_ATTACH_TYPE: u32 = 36;
+
+/// An attached program, for the admin page.
+#[derive(Clone, Debug, Serialize)]
+pub struct HookState {
+    pub name: String,
+    pub program_id: u32,
+    pub link_id: u32,
+}
+
+/// Fails at once on an agent that was built without an eBPF compiler.
+pub(super) fn require_object() -> Result<(), CaptureError> {
+    if OBJECT.is_empty() {
+        Err(CaptureError::NoPrograms)
+    } else {
+        Ok(())
+    }
+}
+
+/// Loads the object once, which pins the maps that are not there yet, and attaches every cgroup hook.
+pub(super) fn attach_cgroup(folders: &Folders, cgroup: &File, max_flows: u32) -> Result<(), CaptureError> {
+    let mut object = load(folders, 0, max_flows)?;
+    for hook in &HOOKS {
+        let program = verified(&mut object, hook.program)?;
+        let fd = program_fd(&program, hook.program)?;
+        attach(
+            fd.as_fd(),
+            cgroup.as_fd(),
+            hook.attach_type,
+            &folders.links.join(hook.name),
+        )?;
+    }
+    Ok(())
+}
+
+/// Attaches the workload's own instance of the `sk_lookup` program to its namespace.
+pub(super) fn attach_lookup(
+    folders: &Folders,
+    workload: WorkloadKey,
+    netns: BorrowedFd<'_>,
+) -> Result<(), CaptureError> {
+    let mut object = load(folders, workload, maps::MAX_FLOWS)?;
+    let program = verified(&mut object, LOOKUP_PROGRAM)?;
+    let fd = program_fd(&program, LOOKUP_PROGRAM)?;
+    attach(
+        fd.as_fd(),
+        netns,
+        LOOKUP_ATTACH_TYPE,
+        &folders.lookup_link(workload),
+    )
+}
+
+/// True for the pins that belong into the folder of links whatever the workloads are.
+pub(super) fn is_hook(name: &str) -> bool {
+    HOOKS.iter().any(|hook| hook.name == name)
+}
+
+/// The links that are pinned.
+pub(super) fn states(folders: &Folders) -> Vec<HookState> {
+    let names = super::bpffs::entries(&folders.links).unwrap_or_default();
+    let state = |name: String| {
+        let link = sys::open_pin(&folders.links.join(&name)).ok()?;
+        let info = sys::link_info(link.as_fd()).ok()?;
+        Some(HookState {
+            name,
+            program_id: info.program_id,
+            link_id: info.id,
+        })
+    };
+    names.into_iter().filter_map(state).collect()
+}
+
+fn load(folders: &Folders, workload: WorkloadKey, max_flows: u32) -> Result<Ebpf, CaptureError> {
+    require_object()?;
+    let can_set_errno =
+        u32::from(KernelVersion::current().is_ok_and(|kernel| kernel >= KernelVersion::new(5, 18, 0)));
+    let mut loader = EbpfLoader::new();
+    // The programs touch no kernel structures, so the kernel's own type information is not needed.
+    loader
+        .btf(None)
+        .verifier_log_level(VerifierLogLevel::DISABLE)
+        .map_max_entries(maps::FLOWS, max_flows)
+        .override_global("WORKLOAD", &workload, true)
+        .override_global("CAN_SET_ERRNO", &can_set_errno, true);
+    for name in maps::ALL {
+        loader.map_pin_path(name, folders.maps.join(name));
+    }
+    Ok(loader.load(OBJECT)?)
+}
+
+/// The program of that name, after the verifier has seen it.
+fn verified<'a>(object: &'a mut Ebpf, name: &'static str) -> Result<&'a Program, CaptureError> {
+    let program = object
+        .program_mut(name)
+        .ok_or(CaptureError::MissingProgram(name))?;
+    let loaded = match program {
+        Program::CgroupSockAddr(program) => CgroupSockAddr::load(program),
+        Program::SockOps(program) => SockOps::load(program),
+        Program::SkLookup(program) => SkLookup::load(program),
+        _ => return Err(CaptureError::MissingProgram(name)),
+    };
+    loaded.map_err(|source| CaptureError::Program {
+        name,
+        source: Box::new(source),
+    })?;
+    Ok(program)
+}
+
+fn program_fd<'a>(program: &'a Program, name: &'static str) -> Result<&'a ProgramFd, CaptureError> {
+    let fd: Result<&ProgramFd, ProgramError> = program.fd();
+    fd.map_err(|source| CaptureError::Program {
+        name,
+        source: Box::new(source),
+    })
+}
+
+/// Puts `program` behind the link pinned at `pin`, making the link if it is not there or its target is gone.
+fn attach(
+    program: BorrowedFd<'_>,
+    target: BorrowedFd<'_>,
+    attach_type: u32,
+    pin: &Path,
+) -> Result<(), CaptureError> {
+    let failed = |source| CaptureError::Attach {
+        name: pin.display().to_string(),
+        source,
+    };
+    match sys::open_pin(pin).and_then(|link| sys::update_link(link.as_fd(), program)) {
+        Ok(()) => return Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        // The namespace that it was attached to is gone.
+        Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => fs::remove_file(pin).map_err(failed)?,
+        Err(error) => return Err(failed(error)),
+    }
+    let link = sys::create_link(program, target, attach_type).map_err(failed)?;
+    sys::pin(link.as_fd(), pin).map_err(failed)
+}

@@ -1,0 +1,259 @@
+//! The few `bpf(2)` commands that aya does not offer: updating a pinned cgroup or netns link, and map access
+//! through a shared handle (aya's needs `&mut`, which would put a lock on every connection).
+//!
+//! Invariant: everything unsafe about `bpf(2)` is in this file, behind safe functions.
+
+use std::ffi::CString;
+use std::io;
+use std::mem::{MaybeUninit, size_of};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+
+use aya::Pod;
+
+/// `enum bpf_cmd` of `linux/bpf.h`.
+#[derive(Clone, Copy, Debug)]
+#[repr(u32)]
+enum Command {
+    MapLookup = 1,
+    MapUpdate = 2,
+    MapDelete = 3,
+    MapGetNextKey = 4,
+    ObjPin = 6,
+    ObjGet = 7,
+    ObjGetInfo = 15,
+    LinkCreate = 28,
+    LinkUpdate = 29,
+}
+
+/// `BPF_ANY`: create or replace.
+const ANY: u64 = 0;
+
+#[repr(C)]
+struct MapElement {
+    map: u32,
+    pad: u32,
+    key: u64,
+    /// Or the next key.
+    value: u64,
+    flags: u64,
+}
+
+#[repr(C)]
+struct ObjectPath {
+    path: u64,
+    fd: u32,
+    flags: u32,
+}
+
+#[repr(C)]
+struct ObjectInfo {
+    fd: u32,
+    len: u32,
+    info: u64,
+}
+
+#[repr(C)]
+struct LinkCreate {
+    program: u32,
+    target: u32,
+    attach_type: u32,
+    flags: u32,
+}
+
+#[repr(C)]
+struct LinkUpdate {
+    link: u32,
+    program: u32,
+    flags: u32,
+    old_program: u32,
+}
+
+/// The beginning of `struct bpf_map_info`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct MapInfo {
+    pub(super) kind: u32,
+    pub(super) id: u32,
+    pub(super) key_size: u32,
+    pub(super) value_size: u32,
+    pub(super) max_entries: u32,
+    flags: u32,
+}
+
+/// The beginning of `struct bpf_link_info`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct LinkInfo {
+    kind: u32,
+    pub(super) id: u32,
+    pub(super) program_id: u32,
+    pad: u32,
+}
+
+/// Opens the object pinned at `path`.
+pub(super) fn open_pin(path: &Path) -> io::Result<OwnedFd> {
+    let path = c_path(path)?;
+    let mut attr = ObjectPath {
+        path: path.as_ptr() as u64,
+        fd: 0,
+        flags: 0,
+    };
+    let fd = bpf(Command::ObjGet, &mut attr)?;
+    let fd = i32::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: a new descriptor that the kernel just gave to us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+pub(super) fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = c_path(path)?;
+    let mut attr = ObjectPath {
+        path: path.as_ptr() as u64,
+        fd: raw(object),
+        flags: 0,
+    };
+    bpf(Command::ObjPin, &mut attr).map(drop)
+}
+
+/// Attaches a program to a cgroup or a network namespace.
+pub(super) fn create_link(
+    program: BorrowedFd<'_>,
+    target: BorrowedFd<'_>,
+    attach_type: u32,
+) -> io::Result<OwnedFd> {
+    let mut attr = LinkCreate {
+        program: raw(program),
+        target: raw(target),
+        attach_type,
+        flags: 0,
+    };
+    let fd = bpf(Command::LinkCreate, &mut attr)?;
+    let fd = i32::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: a new descriptor that the kernel just gave to us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Replaces a link's program in one step: no connection sees the hook without one.
+pub(super) fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attr = LinkUpdate {
+        link: raw(link),
+        program: raw(program),
+        flags: 0,
+        old_program: 0,
+    };
+    bpf(Command::LinkUpdate, &mut attr).map(drop)
+}
+
+pub(super) fn map_info(map: BorrowedFd<'_>) -> io::Result<MapInfo> {
+    info(map)
+}
+
+pub(super) fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
+    info(link)
+}
+
+/// `T` must be the beginning of the object's info struct: the kernel fills as much as it is given room for.
+fn info<T: Copy + Default>(object: BorrowedFd<'_>) -> io::Result<T> {
+    let mut info = T::default();
+    let len = u32::try_from(size_of::<T>()).map_err(io::Error::other)?;
+    let mut attr = ObjectInfo {
+        fd: raw(object),
+        len,
+        info: (&raw mut info) as u64,
+    };
+    bpf(Command::ObjGetInfo, &mut attr)?;
+    Ok(info)
+}
+
+/// `None` if the key is not there.
+pub(super) fn lookup<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K) -> io::Result<Option<V>> {
+    let mut value = MaybeUninit::<V>::zeroed();
+    let mut attr = element(map, key, value.as_mut_ptr() as u64);
+    if absent(bpf(Command::MapLookup, &mut attr))? {
+        return Ok(None);
+    }
+    // SAFETY: the kernel wrote the value, and any bit pattern is a valid `V: Pod`.
+    Ok(Some(unsafe { value.assume_init() }))
+}
+
+/// A value per possible CPU; `cpus` is their number.
+pub(super) fn lookup_per_cpu(map: BorrowedFd<'_>, key: u32, cpus: usize) -> io::Result<Vec<u64>> {
+    let mut values = vec![0_u64; cpus];
+    let mut attr = element(map, &key, values.as_mut_ptr() as u64);
+    bpf(Command::MapLookup, &mut attr)?;
+    Ok(values)
+}
+
+pub(super) fn update<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K, value: &V) -> io::Result<()> {
+    let mut attr = element(map, key, std::ptr::from_ref(value) as u64);
+    bpf(Command::MapUpdate, &mut attr).map(drop)
+}
+
+/// True if there was such a key.
+pub(super) fn delete<K: Pod>(map: BorrowedFd<'_>, key: &K) -> io::Result<bool> {
+    let mut attr = element(map, key, 0);
+    Ok(!absent(bpf(Command::MapDelete, &mut attr))?)
+}
+
+/// The key after `key`, or the first one.
+pub(super) fn next_key<K: Pod>(map: BorrowedFd<'_>, key: Option<&K>) -> io::Result<Option<K>> {
+    let mut next = MaybeUninit::<K>::zeroed();
+    let mut attr = MapElement {
+        map: raw(map),
+        pad: 0,
+        key: key.map_or(0, |key| std::ptr::from_ref(key) as u64),
+        value: next.as_mut_ptr() as u64,
+        flags: ANY,
+    };
+    if absent(bpf(Command::MapGetNextKey, &mut attr))? {
+        return Ok(None);
+    }
+    // SAFETY: the kernel wrote the key, and any bit pattern is a valid `K: Pod`.
+    Ok(Some(unsafe { next.assume_init() }))
+}
+
+fn element<K: Pod>(map: BorrowedFd<'_>, key: &K, value: u64) -> MapElement {
+    MapElement {
+        map: raw(map),
+        pad: 0,
+        key: std::ptr::from_ref(key) as u64,
+        value,
+        flags: ANY,
+    }
+}
+
+fn absent(result: io::Result<libc::c_long>) -> io::Result<bool> {
+    match result {
+        Ok(_) => Ok(false),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(true),
+        Err(error) => Err(error),
+    }
+}
+
+fn raw(fd: BorrowedFd<'_>) -> u32 {
+    // A borrowed descriptor is never negative.
+    fd.as_fd().as_raw_fd().unsigned_abs()
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    CString::new(path.as_os_str().as_bytes()).map_err(io::Error::from)
+}
+
+fn bpf<A>(command: Command, attr: &mut A) -> io::Result<libc::c_long> {
+    // SAFETY: `attr` is the beginning of `union bpf_attr` for this command (the kernel takes the rest for
+    // zero), and each pointer in it is to memory that outlives the call, sized as the map's info says.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command as libc::c_long,
+            std::ptr::from_mut(attr),
+            size_of::<A>(),
+        )
+    };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
+}

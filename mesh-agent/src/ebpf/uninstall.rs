@@ -1,0 +1,103 @@
+//! Removing what agents left in the kernel.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use mesh_common::maps::{self, HEARTBEAT_LIMIT_NS};
+
+use super::bpffs::{Folders, entries, lookup_link_owner};
+use super::maps::Maps;
+use super::{CaptureError, clock, programs};
+
+/// Removes every pin of an absent agent, and with them its programs, links and maps; returns what was there.
+///
+/// Refuses while an agent is alive: it would go on serving connections that no longer come.
+pub fn uninstall(bpffs: &Path) -> Result<Vec<PathBuf>, CaptureError> {
+    let folders = Folders::new(bpffs);
+    if Maps::open(&folders.maps).is_ok_and(|maps| is_alive(&maps)) {
+        return Err(CaptureError::AgentAlive);
+    }
+    let mut removed = Vec::new();
+    for name in listed(bpffs)?.into_iter().filter(|name| is_layout(name)) {
+        remove_layout(&bpffs.join(name), &mut removed)?;
+    }
+    // Stays if something of others lies in it, or if it never was.
+    let _ = fs::remove_dir(bpffs);
+    Ok(removed)
+}
+
+/// Removes pins under our folder that no part of this agent's layout accounts for, other layouts included.
+/// Called after the hooks were attached, so that traffic always meets one generation of programs or the other.
+pub(super) fn remove_strays(folders: &Folders, maps: &Maps) -> Result<(), CaptureError> {
+    let mut removed = Vec::new();
+    for name in listed(&folders.root)?
+        .into_iter()
+        .filter(|name| is_layout(name) && name != maps::LAYOUT)
+    {
+        remove_layout(&folders.root.join(name), &mut removed)?;
+    }
+    let known = |name: &str| {
+        programs::is_hook(name)
+            || lookup_link_owner(name).is_some_and(|key| maps.workloads.get(&key).is_ok_and(|e| e.is_some()))
+    };
+    for name in listed(&folders.links)?.into_iter().filter(|name| !known(name)) {
+        remove(folders.links.join(name), &mut removed)?;
+    }
+    for name in listed(&folders.maps)?
+        .into_iter()
+        .filter(|name| !maps::ALL.contains(&name.as_str()))
+    {
+        remove(folders.maps.join(name), &mut removed)?;
+    }
+    for path in removed {
+        tracing::info!(path = %path.display(), "removed a stray pin");
+    }
+    Ok(())
+}
+
+fn is_alive(maps: &Maps) -> bool {
+    let beat = maps
+        .settings
+        .get(&0)
+        .ok()
+        .flatten()
+        .map_or(0, |settings| settings.heartbeat);
+    let fresh = clock::monotonic_ns().saturating_sub(beat) < HEARTBEAT_LIMIT_NS;
+    fresh && maps.listeners.keys().next().is_some()
+}
+
+/// `v1`, `v2`, ...
+fn is_layout(name: &str) -> bool {
+    name.strip_prefix('v')
+        .is_some_and(|version| !version.is_empty() && version.bytes().all(|byte| byte.is_ascii_digit()))
+}
+
+/// Links first: programs without maps would be worse than none.
+fn remove_layout(layout: &Path, removed: &mut Vec<PathBuf>) -> Result<(), CaptureError> {
+    for folder in [layout.join("links"), layout.join("maps")] {
+        for name in listed(&folder)? {
+            remove(folder.join(name), removed)?;
+        }
+        let _ = fs::remove_dir(folder);
+    }
+    let _ = fs::remove_dir(layout);
+    Ok(())
+}
+
+fn listed(folder: &Path) -> Result<Vec<String>, CaptureError> {
+    entries(folder).map_err(|source| CaptureError::Pin {
+        path: folder.to_owned(),
+        source,
+    })
+}
+
+fn remove(path: PathBuf, removed: &mut Vec<PathBuf>) -> Result<(), CaptureError> {
+    match fs::remove_file(&path) {
+        Ok(()) => removed.push(path),
+        // Another did it.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(source) => return Err(CaptureError::Pin { path, source }),
+    }
+    Ok(())
+}

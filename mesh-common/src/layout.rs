@@ -1,0 +1,31 @@
+//! The layouts, asserted: a change that the other side would misread does not compile.
+
+use core::mem::{align_of, offset_of, size_of};
+
+use crate::{
+    DnsKey, Flow, FlowKey, ListenerKey, NetAddr, NetEndpoint, NetPort, OwnSocket, Settings, SocketRecord,
+    WorkloadEntry,
+};
+
+macro_rules! layout {
+    ($name:ident, size $size:literal, align $align:literal $(, $field:ident at $offset:literal)*) => {
+        const _: () = {
+            assert!(size_of::<$name>() == $size);
+            assert!(align_of::<$name>() == $align);
+            $(assert!(offset_of!($name, $field) == $offset);)*
+        };
+    };
+}
+
+layout!(NetAddr, size 16, align 4);
+layout!(NetPort, size 2, align 2);
+layout!(NetEndpoint, size 20, align 4, addr at 0, port at 16, reserved at 18);
+layout!(FlowKey, size 48, align 8, workload at 0, source at 8, destination at 28);
+layout!(Flow, size 32, align 8, closed_at at 0, endpoint at 8, kind at 28);
+layout!(SocketRecord, size 32, align 8, workload at 0, endpoint at 8, kind at 28);
+layout!(OwnSocket, size 40, align 8, workload at 0, created_at at 8, present at 16, reserved at 36);
+layout!(DnsKey, size 16, align 8, workload at 0, slot at 8, reserved at 12);
+layout!(ListenerKey, size 16, align 8, workload at 0, kind at 8, reserved at 12);
+layout!(Settings, size 8, align 8, heartbeat at 0);
+layout!(WorkloadEntry, size 52, align 4, v4 at 0, v6 at 16, flags at 32, outbound_port at 36,
+    inbound_port at 38, dns_v4_port at 40, dns_v6_ports at 42, reserved at 50);

@@ -1,0 +1,53 @@
+//! Who is enrolled, and where the agent listens for it.
+
+use crate::maps::DNS_V6_SLOTS;
+use crate::{NetAddr, NetPort};
+
+/// Names a workload: the cookie of its network namespace.
+pub type WorkloadKey = u64;
+
+/// Bits of [`WorkloadEntry::flags`].
+pub mod workload_flags {
+    /// Without an agent, refuse what would have been captured, rather than let it pass.
+    pub const HOLD: u32 = 1;
+}
+
+/// An enrolled workload.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct WorkloadEntry {
+    /// The workload's own addresses; none if it has none of that family.
+    pub v4: NetAddr,
+    pub v6: NetAddr,
+    pub flags: u32,
+    /// The ports that the agent's listeners were given.
+    pub outbound_port: NetPort,
+    pub inbound_port: NetPort,
+    pub dns_v4_port: NetPort,
+    /// One per IPv6 slot; none where there is no IPv6.
+    pub dns_v6_ports: [NetPort; DNS_V6_SLOTS as usize],
+    pub reserved: u16,
+}
+
+/// Which of the agent's listeners.
+pub mod listener_kind {
+    pub const OUTBOUND: u32 = 1;
+    pub const INBOUND: u32 = 2;
+}
+
+/// The socket under this key is open exactly as long as the agent serves the workload.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct ListenerKey {
+    pub workload: WorkloadKey,
+    pub kind: u32,
+    pub reserved: u32,
+}
+
+/// The one element of [`crate::maps::SETTINGS`].
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Settings {
+    /// When the agent last showed that it is not stuck: `CLOCK_MONOTONIC` in ns.
+    pub heartbeat: u64,
+}

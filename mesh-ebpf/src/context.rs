@@ -1,0 +1,186 @@
+//! Reading and writing the fields of a socket address hook, whatever the family.
+
+use core::ffi::c_void;
+use core::ptr;
+
+use aya_ebpf::bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_addr};
+use aya_ebpf::helpers::{
+    bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_sk_storage_delete, bpf_sk_storage_get,
+};
+use aya_ebpf::programs::SockAddrContext;
+use mesh_common::{NetAddr, NetEndpoint, NetPort, SocketRecord};
+
+use crate::maps::SOCKETS;
+
+/// What a cgroup hook answers.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    Pass,
+    Refuse,
+}
+
+impl From<Verdict> for i32 {
+    #[inline(always)]
+    fn from(verdict: Verdict) -> Self {
+        match verdict {
+            Verdict::Pass => 1,
+            Verdict::Refuse => 0,
+        }
+    }
+}
+
+/// The family of the hook, which is not always that of the address: IPv6 sockets carry IPv4-mapped ones.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Family {
+    V4,
+    V6,
+}
+
+/// The context of a `cgroup/{connect,sendmsg,recvmsg,getpeername}{4,6}` program.
+pub(crate) struct Addr {
+    ctx: *mut bpf_sock_addr,
+    family: Family,
+}
+
+pub(crate) const TCP: u32 = 6;
+pub(crate) const UDP: u32 = 17;
+
+/// One field at a time, at its own width: the verifier refuses merged or computed accesses to a context.
+macro_rules! read {
+    ($place:expr) => {
+        // SAFETY: a field of the context that the kernel passed; the verifier checks offset and width.
+        unsafe { ptr::read_volatile(&raw const $place) }
+    };
+}
+macro_rules! write {
+    ($place:expr, $value:expr) => {
+        // SAFETY: as in `read`; the verifier also checks that the hook may change the field.
+        unsafe { ptr::write_volatile(&raw mut $place, $value) }
+    };
+}
+pub(crate) use read;
+
+impl Addr {
+    #[inline(always)]
+    pub(crate) fn new(ctx: &SockAddrContext, family: Family) -> Self {
+        Self {
+            ctx: ctx.sock_addr,
+            family,
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn netns(&self) -> u64 {
+        // SAFETY: takes the program's context.
+        unsafe { bpf_get_netns_cookie(self.ctx.cast()) }
+    }
+
+    #[inline(always)]
+    pub(crate) fn socket_cookie(&self) -> u64 {
+        // SAFETY: takes the program's context.
+        unsafe { bpf_get_socket_cookie(self.ctx.cast()) }
+    }
+
+    #[inline(always)]
+    pub(crate) fn protocol(&self) -> u32 {
+        read!((*self.ctx).protocol)
+    }
+
+    #[inline(always)]
+    pub(crate) fn bound_device(&self) -> u32 {
+        read!((*self.sk()).bound_dev_if)
+    }
+
+    #[inline(always)]
+    pub(crate) fn endpoint(&self) -> NetEndpoint {
+        let addr = match self.family {
+            Family::V4 => NetAddr::from_v4_word(read!((*self.ctx).user_ip4)),
+            Family::V6 => NetAddr::from_v6_words([
+                read!((*self.ctx).user_ip6[0]),
+                read!((*self.ctx).user_ip6[1]),
+                read!((*self.ctx).user_ip6[2]),
+                read!((*self.ctx).user_ip6[3]),
+            ]),
+        };
+        NetEndpoint::new(addr, NetPort::from_net(read!((*self.ctx).user_port) as u16))
+    }
+
+    /// An IPv4 address stays mapped in an IPv6 hook; an IPv6 one cannot be told in an IPv4 hook.
+    #[inline(always)]
+    pub(crate) fn rewrite(&self, to: &NetEndpoint) {
+        match self.family {
+            Family::V4 => {
+                if !to.addr.is_v4() {
+                    return;
+                }
+                write!((*self.ctx).user_ip4, to.addr.v4_word());
+            }
+            Family::V6 => {
+                let words = to.addr.words();
+                write!((*self.ctx).user_ip6[0], words[0]);
+                write!((*self.ctx).user_ip6[1], words[1]);
+                write!((*self.ctx).user_ip6[2], words[2]);
+                write!((*self.ctx).user_ip6[3], words[3]);
+            }
+        }
+        write!((*self.ctx).user_port, u32::from(to.port.net()));
+    }
+
+    /// What the kernel side knows about this socket.
+    #[inline(always)]
+    pub(crate) fn record(&self) -> Option<SocketRecord> {
+        let record = socket_record(self.sk());
+        // SAFETY: not null, and the kernel's storage lives as long as the socket of this context.
+        (!record.is_null()).then(|| unsafe { *record })
+    }
+
+    /// Sets or overwrites the record; false if the kernel has no memory for it.
+    #[inline(always)]
+    pub(crate) fn set_record(&self, record: SocketRecord) -> bool {
+        set_socket_record(self.sk(), record)
+    }
+
+    /// A socket connected anew must not answer with where it wanted to go before.
+    #[inline(always)]
+    pub(crate) fn forget_record(&self) {
+        // SAFETY: the map and the context's socket.
+        unsafe { bpf_sk_storage_delete(sockets(), self.sk().cast()) };
+    }
+
+    #[inline(always)]
+    fn sk(&self) -> *mut bpf_sock {
+        read!((*self.ctx).__bindgen_anon_1.sk)
+    }
+}
+
+#[inline(always)]
+fn sockets() -> *mut c_void {
+    (&raw const SOCKETS).cast_mut().cast()
+}
+
+/// Null if the socket has none.
+#[inline(always)]
+pub(crate) fn socket_record(sk: *mut bpf_sock) -> *mut SocketRecord {
+    // SAFETY: the map, and a socket that the verifier knows to be one.
+    unsafe { bpf_sk_storage_get(sockets(), sk.cast(), ptr::null_mut(), 0).cast() }
+}
+
+#[inline(always)]
+pub(crate) fn set_socket_record(sk: *mut bpf_sock, mut record: SocketRecord) -> bool {
+    // SAFETY: as above; the helper copies `record` if it creates the storage.
+    let stored: *mut SocketRecord = unsafe {
+        bpf_sk_storage_get(
+            sockets(),
+            sk.cast(),
+            (&raw mut record).cast(),
+            u64::from(BPF_SK_STORAGE_GET_F_CREATE),
+        )
+        .cast()
+    };
+    if stored.is_null() {
+        return false;
+    }
+    // SAFETY: not null; it may be older than this call, so it is written in any case.
+    unsafe { *stored = record };
+    true
+}

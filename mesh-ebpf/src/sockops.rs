@@ -1,0 +1,191 @@
+//! `sockops`: notes a flow the moment its source port is known, and cleans up after it.
+
+use aya_ebpf::EbpfContext as _;
+use aya_ebpf::bindings::{
+    BPF_ANY, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
+    BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE, BPF_TCP_SYN_SENT, bpf_sock, bpf_sock_ops,
+};
+use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_ns};
+use aya_ebpf::programs::SockOpsContext;
+use core::ptr;
+use mesh_common::{
+    Counter, Flow, FlowKey, NetAddr, NetEndpoint, NetPort, OwnSocket, SocketRecord, flow_kind, socket_kind,
+};
+
+use crate::context::{read, set_socket_record, socket_record};
+use crate::maps::{FLOWS, OWN, REFUSED, count};
+use crate::workload;
+
+const AF_INET: u32 = 2;
+
+#[inline(always)]
+pub(crate) fn sockops(ctx: &SockOpsContext) {
+    match read!((*ctx.ops).op) {
+        BPF_SOCK_OPS_TCP_CONNECT_CB => connecting(ctx),
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => accepted(ctx),
+        BPF_SOCK_OPS_STATE_CB => state_changed(ctx),
+        _ => {}
+    }
+}
+
+/// The SYN is about to leave.
+#[inline(always)]
+fn connecting(ctx: &SockOpsContext) {
+    let Some(sk) = socket(ctx) else { return };
+    let record = socket_record(sk);
+    if !record.is_null() {
+        // SAFETY: not null; the storage lives as long as the socket.
+        let record = unsafe { *record };
+        if record.kind == socket_kind::REDIRECTED {
+            note(ctx, record.workload, record.endpoint, flow_kind::OUTBOUND);
+        }
+        return;
+    }
+    // SAFETY: takes the program's context.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    // SAFETY: written once before the connect, removed after it.
+    let Some(own) = (unsafe { OWN.get(cookie) }) else {
+        return;
+    };
+    let OwnSocket {
+        workload, present, ..
+    } = *own;
+    let record = SocketRecord {
+        workload,
+        endpoint: present,
+        kind: socket_kind::PRESENTING,
+    };
+    // Without a record nothing would clean the flow up; the application then sees the agent's address.
+    if !present.is_none() && set_socket_record(sk, record) {
+        note(ctx, workload, present, flow_kind::INBOUND);
+    }
+}
+
+#[inline(always)]
+fn note(ctx: &SockOpsContext, workload: u64, endpoint: NetEndpoint, kind: u32) {
+    let key = FlowKey {
+        workload,
+        source: local(ctx),
+        destination: remote(ctx),
+    };
+    let flow = Flow {
+        closed_at: 0,
+        endpoint,
+        kind,
+    };
+    if FLOWS.insert(&key, &flow, u64::from(BPF_ANY)).is_err() {
+        count(Counter::RefusedMapFull);
+        // The connection cannot be stopped here; `sk_lookup` will reset it.
+        let _ = REFUSED.insert(&key, &0, u64::from(BPF_ANY));
+        return;
+    }
+    let flags = read!((*ctx.ops).bpf_sock_ops_cb_flags) | BPF_SOCK_OPS_STATE_CB_FLAG;
+    // Fails for no socket that has come so far.
+    let _ = ctx.set_cb_flags(flags as i32);
+}
+
+/// An application (or the agent) got a connection: does somebody speak for another here?
+#[inline(always)]
+fn accepted(ctx: &SockOpsContext) {
+    let Some(sk) = socket(ctx) else { return };
+    // SAFETY: takes the program's context.
+    let workload = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    if workload::find(workload).is_none() {
+        return;
+    }
+    let key = FlowKey {
+        workload,
+        source: remote(ctx),
+        destination: local(ctx),
+    };
+    // SAFETY: the flow is removed only here and when its connection closes.
+    let Some(flow) = (unsafe { FLOWS.get(&key) }) else {
+        return;
+    };
+    let Flow { endpoint, kind, .. } = *flow;
+    // Those on their way to the agent's listener wait for its accept.
+    if kind == flow_kind::INBOUND {
+        let record = SocketRecord {
+            workload,
+            endpoint,
+            kind: socket_kind::ACCEPTED,
+        };
+        set_socket_record(sk, record);
+        let _ = FLOWS.remove(&key);
+    }
+}
+
+#[inline(always)]
+fn state_changed(ctx: &SockOpsContext) {
+    let (from, to) = (arg(ctx, 0), arg(ctx, 1));
+    if to != BPF_TCP_CLOSE {
+        return;
+    }
+    let Some(sk) = socket(ctx) else { return };
+    let record = socket_record(sk);
+    if record.is_null() {
+        return;
+    }
+    // SAFETY: not null; the storage lives as long as the socket.
+    let record = unsafe { *record };
+    let key = FlowKey {
+        workload: record.workload,
+        source: local(ctx),
+        destination: remote(ctx),
+    };
+    if from == BPF_TCP_SYN_SENT || record.kind != socket_kind::REDIRECTED {
+        let _ = FLOWS.remove(&key);
+    } else if let Some(flow) = FLOWS.get_ptr_mut(&key) {
+        // Written, closed, but perhaps not accepted yet: the agent still needs to know where the bytes go.
+        // SAFETY: the kernel's pointer to the value, and one word.
+        unsafe { (*flow).closed_at = bpf_ktime_get_ns() };
+    }
+}
+
+#[inline(always)]
+fn socket(ctx: &SockOpsContext) -> Option<*mut bpf_sock> {
+    let sk = read!((*ctx.ops).__bindgen_anon_2.sk);
+    (!sk.is_null()).then_some(sk)
+}
+
+#[inline(always)]
+fn arg(ctx: &SockOpsContext, n: usize) -> u32 {
+    read!((*ctx.ops).__bindgen_anon_1.args[n])
+}
+
+#[inline(always)]
+fn local(ctx: &SockOpsContext) -> NetEndpoint {
+    let ops: *mut bpf_sock_ops = ctx.ops;
+    let addr = if read!((*ops).family) == AF_INET {
+        NetAddr::from_v4_word(read!((*ops).local_ip4))
+    } else {
+        NetAddr::from_v6_words([
+            read!((*ops).local_ip6[0]),
+            read!((*ops).local_ip6[1]),
+            read!((*ops).local_ip6[2]),
+            read!((*ops).local_ip6[3]),
+        ])
+    };
+    // The one port that the kernel gives in host byte order.
+    NetEndpoint::new(addr, NetPort::from_host(read!((*ops).local_port) as u16))
+}
+
+#[inline(always)]
+fn remote(ctx: &SockOpsContext) -> NetEndpoint {
+    let ops: *mut bpf_sock_ops = ctx.ops;
+    let addr = if read!((*ops).family) == AF_INET {
+        NetAddr::from_v4_word(read!((*ops).remote_ip4))
+    } else {
+        NetAddr::from_v6_words([
+            read!((*ops).remote_ip6[0]),
+            read!((*ops).remote_ip6[1]),
+            read!((*ops).remote_ip6[2]),
+            read!((*ops).remote_ip6[3]),
+        ])
+    };
+    // A 32-bit value in network byte order.
+    NetEndpoint::new(
+        addr,
+        NetPort::from_host(u32::from_be(read!((*ops).remote_port)) as u16),
+    )
+}

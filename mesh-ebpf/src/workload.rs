@@ -1,0 +1,96 @@
+//! Is this socket enrolled, is its agent alive, and what if not.
+
+use aya_ebpf::Global;
+use aya_ebpf::bindings::bpf_sock;
+use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_set_retval, bpf_sk_release};
+use core::ffi::c_void;
+use mesh_common::maps::HEARTBEAT_LIMIT_NS;
+use mesh_common::{Counter, ListenerKey, WorkloadEntry, listener_kind, workload_flags};
+
+use crate::context::Verdict;
+use crate::maps::{LISTENERS, SETTINGS, WORKLOADS, count};
+
+/// 1 where the kernel has `bpf_set_retval` (5.18); else a refused call fails with EPERM. A constant for the
+/// verifier, which drops the call where it is 0.
+#[unsafe(no_mangle)]
+static CAN_SET_ERRNO: Global<u32> = Global::new(0);
+
+const ECONNREFUSED: i32 = 111;
+
+#[inline(always)]
+pub(crate) fn find(key: u64) -> Option<&'static WorkloadEntry> {
+    // SAFETY: entries are replaced as a whole by the agent and freed after a grace period only, so a reader sees
+    // plain integers of the old or the new entry.
+    unsafe { WORKLOADS.get(key) }
+}
+
+impl Hold for WorkloadEntry {
+    #[inline(always)]
+    fn holds(&self) -> bool {
+        self.flags & workload_flags::HOLD != 0
+    }
+}
+
+/// The workload's choice for when there is no agent.
+pub(crate) trait Hold {
+    fn holds(&self) -> bool;
+}
+
+/// The agent that does not answer for itself any more, answered for outgoing traffic.
+#[inline(always)]
+pub(crate) fn without_agent(workload: &WorkloadEntry) -> Verdict {
+    if workload.holds() {
+        count(Counter::HeldOutbound);
+        refuse()
+    } else {
+        count(Counter::PassedOpenOutbound);
+        Verdict::Pass
+    }
+}
+
+/// The system call fails, with ECONNREFUSED where the kernel lets us say so.
+#[inline(always)]
+pub(crate) fn refuse() -> Verdict {
+    if CAN_SET_ERRNO.load() == 1 {
+        // SAFETY: takes a plain number.
+        unsafe { bpf_set_retval(-ECONNREFUSED) };
+    }
+    Verdict::Refuse
+}
+
+/// The agent listens and gives signs of life.
+#[inline(always)]
+pub(crate) fn alive(key: u64) -> bool {
+    heartbeat_fresh() && listener(key, listener_kind::OUTBOUND, |_| ()).is_some()
+}
+
+#[inline(always)]
+pub(crate) fn heartbeat_fresh() -> bool {
+    let Some(settings) = SETTINGS.get(0) else {
+        return false;
+    };
+    // SAFETY: takes nothing.
+    let now = unsafe { bpf_ktime_get_ns() };
+    // Another CPU's clock may be a little behind the one that wrote the heartbeat.
+    now.saturating_sub(settings.heartbeat) < HEARTBEAT_LIMIT_NS
+}
+
+/// Lends the agent's listener to `with`, if there is one.
+#[inline(always)]
+pub(crate) fn listener<R>(key: u64, kind: u32, with: impl FnOnce(*mut bpf_sock) -> R) -> Option<R> {
+    let key = ListenerKey {
+        workload: key,
+        kind,
+        reserved: 0,
+    };
+    let map: *const c_void = (&raw const LISTENERS).cast();
+    // SAFETY: the map and a key of its type. What comes back is null or a referenced socket, released below.
+    let sk: *mut bpf_sock = unsafe { bpf_map_lookup_elem(map.cast_mut(), (&raw const key).cast()) }.cast();
+    if sk.is_null() {
+        return None;
+    }
+    let result = with(sk);
+    // SAFETY: the reference taken above.
+    unsafe { bpf_sk_release(sk.cast()) };
+    Some(result)
+}
