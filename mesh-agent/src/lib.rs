@@ -10,4 +10,5 @@ pub mod retry;
 pub mod route;
 pub mod sock;
 pub mod store;
+pub mod telemetry;
 pub mod tls;
