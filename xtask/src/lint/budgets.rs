@@ -103,13 +103,7 @@ fn check_shape(source: &Source) -> Vec<Problem> {
     if !source.is_test() && !source.file.attrs.iter().any(is_module_doc) {
         report("a module begins with `//!`, saying its purpose".to_owned());
     }
-    let below_src = source
-        .path
-        .iter()
-        .skip_while(|part| *part != "src")
-        .skip(1)
-        .filter(|part| *part != "mod.rs");
-    if below_src.count() > MAX_DEPTH && !source.is_test() {
+    if depth(&source.path) > MAX_DEPTH && !source.is_test() {
         report(format!("modules are at most {MAX_DEPTH} deep"));
     }
     let lines = production_lines(source);
@@ -124,6 +118,17 @@ fn check_shape(source: &Source) -> Vec<Problem> {
             .for_each(|problem| problem.only_a_warning = true);
     }
     problems
+}
+
+/// How deep a module is in its crate; each folder in `src/bin` is a crate.
+fn depth(path: &Path) -> usize {
+    let parts: Vec<_> = path.iter().skip_while(|part| *part != "src").skip(1).collect();
+    let inside = if parts.first().is_some_and(|part| *part == "bin") {
+        &parts[2..]
+    } else {
+        &parts[..]
+    };
+    inside.iter().filter(|part| **part != "mod.rs").count()
 }
 
 fn is_module_doc(attribute: &Attribute) -> bool {
@@ -219,6 +224,8 @@ mod tests {
             ["xtask/src/a.rs:1: a module begins with `//!`, saying its purpose"]
         );
         assert!(problems("xtask/src/a/b/mod.rs", "//! Doc.").is_empty());
+        assert!(problems("tests/src/bin/peer/a/b.rs", "//! Doc.").is_empty());
+        assert!(problems("tests/src/bin/peer.rs", "//! Doc.").is_empty());
         assert_eq!(
             problems("xtask/src/a/b/c.rs", "//! Doc."),
             ["xtask/src/a/b/c.rs:1: modules are at most 2 deep"]
