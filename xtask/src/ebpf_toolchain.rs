@@ -34,8 +34,14 @@ const KEPT_VARIABLES: [&str; 8] = [
 /// A compiler and a linker that can make the kernel side's object.
 #[derive(Debug)]
 pub(crate) struct Toolchain {
-    pub(crate) rustc: PathBuf,
+    pub(crate) compiler: Compiler,
     pub(crate) linker: PathBuf,
+}
+
+/// A rustc that has or can build `core` for the target.
+#[derive(Debug)]
+pub(crate) struct Compiler {
+    pub(crate) rustc: PathBuf,
     core: Core,
 }
 
@@ -53,7 +59,7 @@ impl Toolchain {
     /// The best complete toolchain of this machine, or what is missing.
     pub(crate) fn locate() -> Result<Self, Missing> {
         match (compiler(), linker()) {
-            (Some((rustc, core)), Some(linker)) => Ok(Self { rustc, linker, core }),
+            (Some(compiler), Some(linker)) => Ok(Self { compiler, linker }),
             (compiler, linker) => Err(Missing {
                 compiler: compiler.is_none(),
                 linker: linker.is_none(),
@@ -65,14 +71,14 @@ impl Toolchain {
     /// the workspace, `target_dir` must not be the one of a cargo that waits for us, and `arch` is the
     /// architecture whose kernel will load the object.
     pub(crate) fn command(&self, run: Run, workspace: &Path, target_dir: &Path, arch: &str) -> Command {
-        let cargo = match &self.core {
+        let cargo = match &self.compiler.core {
             Core::Precompiled => env::var_os("CARGO").unwrap_or_else(|| "cargo".into()),
             Core::FromSource { cargo } => cargo.into(),
         };
         let mut command = match run {
             Run::Build => Command::new(&cargo),
             // It runs the cargo that CARGO names.
-            Run::Clippy => Command::new(self.cargo_clippy()),
+            Run::Clippy => Command::new(self.compiler.cargo_clippy()),
         };
         for (name, _) in env::vars_os() {
             let text = name.to_string_lossy();
@@ -94,7 +100,7 @@ impl Toolchain {
             ])
             .arg("--target-dir")
             .arg(target_dir);
-        match &self.core {
+        match &self.compiler.core {
             // aya-ebpf needs one unstable feature, `asm_experimental_arch`.
             Core::Precompiled => command.env("RUSTC_BOOTSTRAP", "1"),
             Core::FromSource { .. } => command.args(["-Z", "build-std=core"]),
@@ -109,11 +115,13 @@ impl Toolchain {
         command
             .current_dir(workspace)
             .env("CARGO", cargo)
-            .env("RUSTC", &self.rustc)
+            .env("RUSTC", &self.compiler.rustc)
             .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\u{1f}"));
         command
     }
+}
 
+impl Compiler {
     /// The clippy that belongs to the compiler, whether it is installed or not.
     pub(crate) fn cargo_clippy(&self) -> PathBuf {
         self.rustc.with_file_name("cargo-clippy")
@@ -130,8 +138,8 @@ pub(crate) enum Run {
 /// What a machine lacks to compile the kernel side.
 #[derive(Debug)]
 pub(crate) struct Missing {
-    pub(crate) compiler: bool,
-    pub(crate) linker: bool,
+    compiler: bool,
+    linker: bool,
 }
 
 impl fmt::Display for Missing {
@@ -160,7 +168,7 @@ pub(crate) fn watched() -> Vec<PathBuf> {
     let (compiler, linker) = (compiler(), linker());
     let mut paths = Vec::new();
     match &compiler {
-        Some((rustc, _)) => paths.push(rustc.clone()),
+        Some(compiler) => paths.push(compiler.rustc.clone()),
         None => {
             let rustup = rustup_home();
             paths.extend([
@@ -184,20 +192,24 @@ pub(crate) fn watched() -> Vec<PathBuf> {
     paths
 }
 
-fn compiler() -> Option<(PathBuf, Core)> {
+pub(crate) fn compiler() -> Option<Compiler> {
     let debian = PathBuf::from(DEBIAN_RUSTC);
     if has_precompiled_core(&debian) {
-        return Some((debian, Core::Precompiled));
+        return Some(Compiler {
+            rustc: debian,
+            core: Core::Precompiled,
+        });
     }
     let nightly = nightlies(&rustup_home())
         .into_iter()
         .rfind(|folder| folder.join(CORE_SOURCE).exists())?;
-    Some((
-        nightly.join("bin/rustc"),
-        Core::FromSource {
-            cargo: nightly.join("bin/cargo"),
-        },
-    ))
+    let core = Core::FromSource {
+        cargo: nightly.join("bin/cargo"),
+    };
+    Some(Compiler {
+        rustc: nightly.join("bin/rustc"),
+        core,
+    })
 }
 
 fn has_precompiled_core(rustc: &Path) -> bool {
@@ -233,7 +245,7 @@ fn nightlies(rustup: &Path) -> Vec<PathBuf> {
 }
 
 /// Ours before others: it was built with the LLVM that Debian's compiler has.
-fn linker() -> Option<PathBuf> {
+pub(crate) fn linker() -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     std::iter::once(tools_dir().join("bin"))
         .chain(env::split_paths(&path))

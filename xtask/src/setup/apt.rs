@@ -61,6 +61,12 @@ pub(super) fn install(packages: &[&str]) -> Result<()> {
     Ok(())
 }
 
+pub(super) fn is_installed(package: &str) -> bool {
+    let mut query = Command::new("dpkg-query");
+    query.args(["--show", "--showformat=${db:Status-Status}", package]);
+    query.output().is_ok_and(|output| output.stdout == b"installed")
+}
+
 fn apt_get() -> Command {
     let mut command = Command::new("apt-get");
     // Another apt may be at work: that one ends.

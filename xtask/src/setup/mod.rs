@@ -12,7 +12,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-use crate::ebpf_toolchain::{self, Toolchain};
+use crate::ebpf_toolchain;
 use crate::shell;
 
 /// The last one that goes with aya 0.14; it must have the LLVM that the eBPF compiler has, or a newer one.
@@ -107,7 +107,7 @@ impl Plan {
 
     fn add(&mut self, packages: &[&'static str]) {
         for package in packages {
-            if !self.packages.contains(package) {
+            if !self.packages.contains(package) && !apt::is_installed(package) {
                 self.packages.push(package);
             }
         }
@@ -208,37 +208,33 @@ fn examine(needs: &[Need]) -> (Found, Plan) {
 }
 
 fn examine_build(found: &mut Found, plan: &mut Plan) {
-    let located = Toolchain::locate();
-    // A linker whose LLVM library is gone is a linker to be made anew.
-    let linker_runs = |linker: &PathBuf| {
+    match ebpf_toolchain::compiler() {
+        Some(compiler) => found.push(("eBPF compiler".to_owned(), compiler.rustc)),
+        None => plan.add(&COMPILER_PACKAGES),
+    }
+    // One that lost its LLVM library is to be made anew.
+    let runs = |linker: &PathBuf| {
         Command::new(linker)
             .arg("--version")
             .output()
             .is_ok_and(|o| o.status.success())
     };
-    let (compiler_missing, linker_missing) = match &located {
-        Ok(toolchain) => (false, !linker_runs(&toolchain.linker)),
-        Err(missing) => (missing.compiler, missing.linker),
-    };
-    if compiler_missing {
-        plan.add(&COMPILER_PACKAGES);
-    }
-    if linker_missing {
-        plan.add(&LINKER_PACKAGES);
-        plan.tools.push(BPF_LINKER_TOOL);
-    }
-    if let Ok(toolchain) = located {
-        found.push(("eBPF compiler".to_owned(), toolchain.rustc));
-        if !linker_missing {
-            found.push(("eBPF linker".to_owned(), toolchain.linker));
+    match ebpf_toolchain::linker().filter(runs) {
+        Some(linker) => found.push(("eBPF linker".to_owned(), linker)),
+        None => {
+            plan.add(&LINKER_PACKAGES);
+            plan.tools.push(BPF_LINKER_TOOL);
         }
     }
 }
 
 fn examine_lint(found: &mut Found, plan: &mut Plan) {
-    match Toolchain::locate().ok().map(|toolchain| toolchain.cargo_clippy()) {
-        Some(clippy) if clippy.is_file() => found.push(("clippy of the eBPF compiler".to_owned(), clippy)),
-        _ => plan.add(&["rust-web-clippy"]),
+    match ebpf_toolchain::compiler()
+        .map(|compiler| compiler.cargo_clippy())
+        .filter(|clippy| clippy.is_file())
+    {
+        Some(clippy) => found.push(("clippy of the eBPF compiler".to_owned(), clippy)),
+        None => plan.add(&["rust-web-clippy"]),
     }
     match CARGO_DENY_TOOL.find() {
         Some(place) => found.push(("cargo-deny".to_owned(), place)),
