@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
+use crate::metrics::Samples;
 use crate::{Process, Run, http, until_ok};
 
 /// A cold start on a busy machine: loading programs, making a root certificate.
@@ -96,8 +97,8 @@ impl Agent {
     }
 
     /// What Prometheus would read.
-    pub fn metrics(&self) -> Result<String> {
-        http::get(self.metrics, "/metrics")
+    pub fn metrics(&self) -> Result<Samples> {
+        Ok(Samples::parse(&http::get(self.metrics, "/metrics")?))
     }
 
     pub fn process(&mut self) -> Result<&mut Process> {

@@ -15,6 +15,7 @@ use crate::{Agent, Capture, Netns, Pod, PodSpec, Run, until_ok};
 
 /// The server that pods ask for names; nobody is there, so what the agents do not know is not known.
 const NAMESERVER: &str = "10.96.0.10";
+const NODES: [&str; 2] = ["node-a", "node-b"];
 /// What a changed resource may take to have effect everywhere.
 const SETTLE: Duration = Duration::from_secs(10);
 
@@ -60,22 +61,28 @@ impl Mesh {
         let run = Run::start(&name)?;
         fs::create_dir(run.dir().join("resources"))?;
         let wire = Wire::new(&run)?;
-        let mut agents = Vec::new();
-        if options.agents {
-            let program = program("mesh-agent", "MESH_AGENT_BIN")?;
-            for node in ["node-a", "node-b"] {
-                let mut agent = Agent::new(&run, node, &program, &options.log)?;
-                agent.start(&run)?;
-                agents.push(agent);
-            }
-        }
-        Ok(Self {
-            agents,
+        let mut mesh = Self {
+            agents: Vec::new(),
             wire,
             last: [0; 2],
             peer: program("mesh-peer", "MESH_PEER_BIN")?,
             run,
-        })
+        };
+        if options.agents {
+            mesh.start_agents(&options.log)?;
+        }
+        Ok(mesh)
+    }
+
+    /// Starts the nodes' agents. Pods that are there already become part of the mesh as they are.
+    pub fn start_agents(&mut self, log: &str) -> Result<()> {
+        let program = program("mesh-agent", "MESH_AGENT_BIN")?;
+        for node in NODES {
+            let mut agent = Agent::new(&self.run, node, &program, log)?;
+            agent.start(&self.run)?;
+            self.agents.push(agent);
+        }
+        Ok(())
     }
 
     /// A pod without programs. With agents, it is enrolled when this returns.
@@ -110,8 +117,9 @@ impl Mesh {
 
     /// Writes the pod's document.
     pub fn announce(&self, pod: &Pod) -> Result<()> {
-        let node = ["node-a", "node-b"][pod.spec.node];
-        let document = pod.spec.document(node, &pod.netns, &[pod.v4, pod.v6])?;
+        let document = pod
+            .spec
+            .document(NODES[pod.spec.node], &pod.netns, &[pod.v4, pod.v6])?;
         self.apply(&document_name(pod), &document)
     }
 

@@ -6,7 +6,10 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, exit};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -15,6 +18,7 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, geteuid};
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{Netns, wait};
 
@@ -96,6 +100,48 @@ impl Run {
             Err(errno) => return Err(errno).context("cannot unmount the run's bpffs"),
         }
         fs::remove_dir_all(&dir).with_context(|| format!("cannot remove {}", dir.display()))
+    }
+}
+
+/// Cleans a run up when somebody presses Ctrl-C, and ends the process.
+#[derive(Debug)]
+pub struct Interrupt(Arc<AtomicBool>);
+
+impl Interrupt {
+    pub fn clean_up(run: &Run) -> Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        let mut terminate = {
+            let _inside = runtime.enter();
+            signal(SignalKind::terminate())?
+        };
+        let name = run.name().to_owned();
+        let came = Arc::new(AtomicBool::new(false));
+        let tell = Arc::clone(&came);
+        thread::spawn(move || {
+            runtime.block_on(async {
+                tokio::select! {
+                    _pressed = tokio::signal::ctrl_c() => {}
+                    _asked = terminate.recv() => {}
+                }
+            });
+            tell.store(true, Ordering::Relaxed);
+            eprintln!("\ncleaning up");
+            if let Err(error) = Run::remove(&name) {
+                eprintln!("not all is cleaned up; the next start does the rest: {error:#}");
+            }
+            // As shells report a program that SIGINT ended.
+            exit(130);
+        });
+        Ok(Self(came))
+    }
+
+    /// After an interruption never returns: what fails now fails because everything is being taken away.
+    pub fn check(&self) {
+        while self.0.load(Ordering::Relaxed) {
+            thread::park();
+        }
     }
 }
 

@@ -20,16 +20,19 @@ pub(crate) struct Built {
 
 pub(crate) fn run() -> Result<()> {
     setup::ensure(&[Need::Build])?;
-    let built = build(&mut Steps::default())?;
+    let built = build(&mut Steps::default(), &[])?;
     describe(&built.object)?;
     eprintln!("embedded in {}", built.agent.display());
     Ok(())
 }
 
 /// Builds the agent; an error if the object is missing inside.
-pub(crate) fn build(steps: &mut Steps) -> Result<Built> {
+///
+/// Other packages that are wanted come with it: cargo builds what they share once instead of twice.
+pub(crate) fn build(steps: &mut Steps, also: &[&str]) -> Result<Built> {
     let built = steps.run("build the agent", || {
         let mut cargo = shell::cargo("build");
+        cargo.args(also.iter().flat_map(|package| ["--package", package]));
         cargo.args([
             "--release",
             "--package",

@@ -2,6 +2,7 @@
 
 mod build_ebpf;
 mod ci;
+mod demo;
 #[expect(dead_code, reason = "what only the agent's build script needs")]
 mod ebpf_toolchain;
 mod lint;
@@ -27,6 +28,8 @@ enum Command {
     Setup(setup::Args),
     /// Build the agent with the eBPF object inside, and list what is in the object.
     BuildEbpf,
+    /// Two nodes and a small shop on this machine: real traffic through the mesh, and what came of it.
+    Demo(demo::Args),
     /// Check format, clippy for host and bpf target, dependencies, layers and budgets.
     Lint,
     /// Run every test, those too that need root, the kernel and network peers.
@@ -39,6 +42,7 @@ fn main() -> ExitCode {
     let done = match Args::parse().command {
         Command::Setup(args) => setup::run(&args),
         Command::BuildEbpf => build_ebpf::run(),
+        Command::Demo(args) => demo::run(&args),
         Command::Lint => lint::run(),
         Command::Test(args) => test::run(&args),
         Command::Ci => ci::run(),

@@ -49,7 +49,7 @@ pub(crate) fn run_steps(steps: &mut Steps, args: &Args) -> Result<()> {
         cargo_test(cargo, args)
     });
     if missing.is_empty() {
-        let built = build_ebpf::build(steps)?;
+        let built = build_ebpf::build(steps, &[])?;
         steps.try_run("privileged tests", || privileged(&built.agent, args));
     } else {
         eprintln!("==> privileged tests: LEFT OUT, since\n{}", listed(&missing));

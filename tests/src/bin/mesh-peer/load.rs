@@ -12,14 +12,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use bytes::Bytes;
-use http_body_util::{BodyExt, Full};
-use hyper::client::conn::{http1, http2};
+use http_body_util::Full;
 use hyper::header::{HOST, HeaderName, HeaderValue};
 use hyper::{Request, Response, Uri, Version};
-use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde_json::json;
-use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep_until, timeout};
+
+use crate::client::Connection;
 
 pub(crate) async fn run(url: &str, options: &[&str]) -> Result<()> {
     let plan = Arc::new(Plan::parse(url, options)?);
@@ -120,50 +119,6 @@ impl Plan {
     }
 }
 
-enum Connection {
-    Http1(http1::SendRequest<Full<Bytes>>),
-    Http2(http2::SendRequest<Full<Bytes>>),
-}
-
-impl Connection {
-    async fn open(plan: &Plan) -> Result<Self> {
-        let host = plan
-            .uri
-            .host()
-            .context("the URL has no host")?
-            .trim_matches(['[', ']']);
-        let stream = TcpStream::connect((host, plan.uri.port_u16().unwrap_or(80)))
-            .await
-            .context("connect")?;
-        stream.set_nodelay(true)?;
-        let stream = TokioIo::new(stream);
-        if plan.http2 {
-            let (sender, connection) = http2::handshake(TokioExecutor::new(), stream).await?;
-            tokio::spawn(connection);
-            Ok(Self::Http2(sender))
-        } else {
-            let (sender, connection) = http1::handshake(stream).await?;
-            tokio::spawn(connection);
-            Ok(Self::Http1(sender))
-        }
-    }
-
-    async fn send(&mut self, request: Request<Full<Bytes>>) -> Result<Response<Bytes>> {
-        let response = match self {
-            Self::Http1(sender) => {
-                sender.ready().await?;
-                sender.send_request(request).await?
-            }
-            Self::Http2(sender) => {
-                sender.ready().await?;
-                sender.send_request(request).await?
-            }
-        };
-        let (head, body) = response.into_parts();
-        Ok(Response::from_parts(head, body.collect().await?.to_bytes()))
-    }
-}
-
 async fn work(plan: Arc<Plan>, started: Instant) -> Report {
     let mut report = Report::default();
     let mut connection = None;
@@ -190,7 +145,7 @@ async fn work(plan: Arc<Plan>, started: Instant) -> Report {
 async fn try_once(plan: &Plan, connection: &mut Option<Connection>) -> Result<Response<Bytes>> {
     let mut open = match connection.take() {
         Some(open) => open,
-        None => Connection::open(plan).await?,
+        None => Connection::open(&plan.uri, plan.http2).await?,
     };
     let response = open.send(plan.request()?).await?;
     let close = response

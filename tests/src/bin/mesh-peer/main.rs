@@ -1,13 +1,17 @@
 //! The other side of the tests: servers and a load generator that run inside pods.
 //!
 //! `mesh-peer http|greeter|echo NAME PORT` listens at all addresses, IPv4 and IPv6, and says so when it does;
+//! `mesh-peer front NAME PORT` is an HTTP server that answers with what the service `reviews` answers;
 //! `mesh-peer load URL [OPTIONS]` sends requests and prints a report as JSON.
 
+mod client;
+mod front;
 mod http;
 mod load;
 mod tcp;
 
 use std::net::Ipv6Addr;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use tokio::net::TcpListener;
@@ -19,7 +23,7 @@ async fn main() -> Result<()> {
     match args[..] {
         ["load", url, ref options @ ..] => load::run(url, options).await,
         [kind, name, port] => serve(kind, name, port.parse()?).await,
-        _ => bail!("usage: mesh-peer http|greeter|echo NAME PORT | mesh-peer load URL [OPTIONS]"),
+        _ => bail!("usage: mesh-peer http|front|greeter|echo NAME PORT | mesh-peer load URL [OPTIONS]"),
     }
 }
 
@@ -28,6 +32,7 @@ async fn serve(kind: &str, name: &str, port: u16) -> Result<()> {
         .await
         .with_context(|| format!("cannot listen at port {port}"))?;
     eprintln!("listening at port {port}");
+    let pool = Arc::default();
     loop {
         let (stream, peer) = listener.accept().await?;
         stream.set_nodelay(true)?;
@@ -35,6 +40,7 @@ async fn serve(kind: &str, name: &str, port: u16) -> Result<()> {
         let name = name.to_owned();
         match kind {
             "http" => tokio::spawn(http::serve(stream, peer, name)),
+            "front" => tokio::spawn(front::serve(stream, Arc::clone(&pool))),
             "greeter" => tokio::spawn(tcp::greet(stream, peer, name)),
             "echo" => tokio::spawn(tcp::echo(stream)),
             other => bail!("there is no server {other}"),
