@@ -2,6 +2,7 @@
 
 pub mod authz;
 pub mod balance;
+pub mod dns;
 pub mod ebpf;
 pub mod identity;
 pub mod metrics;
