@@ -1,5 +1,6 @@
 //! The node agent: eBPF capture, one shared proxy, and a page to look inside.
 
+pub mod admin;
 pub mod authz;
 pub mod balance;
 pub mod dns;
