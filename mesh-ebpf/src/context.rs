@@ -60,6 +60,19 @@ macro_rules! write {
 }
 pub(crate) use read;
 
+/// Four words of a context, one by one.
+macro_rules! read4 {
+    ($place:expr) => {
+        [
+            $crate::context::read!($place[0]),
+            $crate::context::read!($place[1]),
+            $crate::context::read!($place[2]),
+            $crate::context::read!($place[3]),
+        ]
+    };
+}
+pub(crate) use read4;
+
 impl Addr {
     #[inline(always)]
     pub(crate) fn new(ctx: &SockAddrContext, family: Family) -> Self {
@@ -95,12 +108,7 @@ impl Addr {
     pub(crate) fn endpoint(&self) -> NetEndpoint {
         let addr = match self.family {
             Family::V4 => NetAddr::from_v4_word(read!((*self.ctx).user_ip4)),
-            Family::V6 => NetAddr::from_v6_words([
-                read!((*self.ctx).user_ip6[0]),
-                read!((*self.ctx).user_ip6[1]),
-                read!((*self.ctx).user_ip6[2]),
-                read!((*self.ctx).user_ip6[3]),
-            ]),
+            Family::V6 => NetAddr::from_v6_words(read4!((*self.ctx).user_ip6)),
         };
         NetEndpoint::new(addr, NetPort::from_net(read!((*self.ctx).user_port) as u16))
     }
@@ -152,6 +160,19 @@ impl Addr {
         read!((*self.ctx).__bindgen_anon_1.sk)
     }
 }
+
+/// The address of a context that holds both families. The caller reads both: reads in branches would be merged
+/// into one at a computed offset, which the verifier refuses ("dereference of modified ctx ptr").
+#[inline(always)]
+pub(crate) fn either(family: u32, v4: u32, v6: [u32; 4]) -> NetAddr {
+    if family == AF_INET {
+        NetAddr::from_v4_word(v4)
+    } else {
+        NetAddr::from_v6_words(v6)
+    }
+}
+
+const AF_INET: u32 = 2;
 
 #[inline(always)]
 fn sockets() -> *mut c_void {

@@ -7,18 +7,16 @@ use aya_ebpf::bindings::sk_action::{SK_DROP, SK_PASS};
 use aya_ebpf::helpers::bpf_sk_assign;
 use aya_ebpf::programs::SkLookupContext;
 use core::ptr;
-use mesh_common::{Counter, FlowKey, NetAddr, NetEndpoint, NetPort, WorkloadEntry, flow_kind, listener_kind};
+use mesh_common::{Counter, FlowKey, NetEndpoint, NetPort, WorkloadEntry, flow_kind, listener_kind};
 
 use crate::connect::{dials_listener, is_own};
-use crate::context::{TCP, read};
+use crate::context::{TCP, either, read, read4};
 use crate::maps::{FLOWS, REFUSED, count};
 use crate::workload::{self, Hold as _};
 
 /// The workload that this instance serves: this kind of program may not ask for its namespace's cookie.
 #[unsafe(no_mangle)]
 static WORKLOAD: Global<u64> = Global::new(0);
-
-const AF_INET: u32 = 2;
 
 #[inline(always)]
 pub(crate) fn lookup(ctx: &SkLookupContext) -> u32 {
@@ -110,27 +108,9 @@ fn datagram(remote: &NetEndpoint, local: &NetEndpoint, entry: &WorkloadEntry) ->
 /// (remote, local)
 #[inline(always)]
 fn endpoints(ctx: *mut bpf_sk_lookup) -> (NetEndpoint, NetEndpoint) {
-    let (remote, local) = if read!((*ctx).family) == AF_INET {
-        (
-            NetAddr::from_v4_word(read!((*ctx).remote_ip4)),
-            NetAddr::from_v4_word(read!((*ctx).local_ip4)),
-        )
-    } else {
-        (
-            NetAddr::from_v6_words([
-                read!((*ctx).remote_ip6[0]),
-                read!((*ctx).remote_ip6[1]),
-                read!((*ctx).remote_ip6[2]),
-                read!((*ctx).remote_ip6[3]),
-            ]),
-            NetAddr::from_v6_words([
-                read!((*ctx).local_ip6[0]),
-                read!((*ctx).local_ip6[1]),
-                read!((*ctx).local_ip6[2]),
-                read!((*ctx).local_ip6[3]),
-            ]),
-        )
-    };
+    let family = read!((*ctx).family);
+    let remote = either(family, read!((*ctx).remote_ip4), read4!((*ctx).remote_ip6));
+    let local = either(family, read!((*ctx).local_ip4), read4!((*ctx).local_ip6));
     (
         NetEndpoint::new(remote, NetPort::from_net(read!((*ctx).remote_port))),
         NetEndpoint::new(local, NetPort::from_host(read!((*ctx).local_port) as u16)),

@@ -9,14 +9,12 @@ use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_g
 use aya_ebpf::programs::SockOpsContext;
 use core::ptr;
 use mesh_common::{
-    Counter, Flow, FlowKey, NetAddr, NetEndpoint, NetPort, OwnSocket, SocketRecord, flow_kind, socket_kind,
+    Counter, Flow, FlowKey, NetEndpoint, NetPort, OwnSocket, SocketRecord, flow_kind, socket_kind,
 };
 
-use crate::context::{read, set_socket_record, socket_record};
+use crate::context::{either, read, read4, set_socket_record, socket_record};
 use crate::maps::{FLOWS, OWN, REFUSED, count};
 use crate::workload;
-
-const AF_INET: u32 = 2;
 
 #[inline(always)]
 pub(crate) fn sockops(ctx: &SockOpsContext) {
@@ -156,16 +154,11 @@ fn arg(ctx: &SockOpsContext, n: usize) -> u32 {
 #[inline(always)]
 fn local(ctx: &SockOpsContext) -> NetEndpoint {
     let ops: *mut bpf_sock_ops = ctx.ops;
-    let addr = if read!((*ops).family) == AF_INET {
-        NetAddr::from_v4_word(read!((*ops).local_ip4))
-    } else {
-        NetAddr::from_v6_words([
-            read!((*ops).local_ip6[0]),
-            read!((*ops).local_ip6[1]),
-            read!((*ops).local_ip6[2]),
-            read!((*ops).local_ip6[3]),
-        ])
-    };
+    let addr = either(
+        read!((*ops).family),
+        read!((*ops).local_ip4),
+        read4!((*ops).local_ip6),
+    );
     // The one port that the kernel gives in host byte order.
     NetEndpoint::new(addr, NetPort::from_host(read!((*ops).local_port) as u16))
 }
@@ -173,16 +166,11 @@ fn local(ctx: &SockOpsContext) -> NetEndpoint {
 #[inline(always)]
 fn remote(ctx: &SockOpsContext) -> NetEndpoint {
     let ops: *mut bpf_sock_ops = ctx.ops;
-    let addr = if read!((*ops).family) == AF_INET {
-        NetAddr::from_v4_word(read!((*ops).remote_ip4))
-    } else {
-        NetAddr::from_v6_words([
-            read!((*ops).remote_ip6[0]),
-            read!((*ops).remote_ip6[1]),
-            read!((*ops).remote_ip6[2]),
-            read!((*ops).remote_ip6[3]),
-        ])
-    };
+    let addr = either(
+        read!((*ops).family),
+        read!((*ops).remote_ip4),
+        read4!((*ops).remote_ip6),
+    );
     // A 32-bit value in network byte order.
     NetEndpoint::new(
         addr,

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use aya::programs::{CgroupSockAddr, Program, ProgramError, ProgramFd, SkLookup, SockOps};
 use aya::util::KernelVersion;
-use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
+use aya::{Ebpf, EbpfLoader};
 use mesh_common::{WorkloadKey, maps};
 use serde::Serialize;
 
@@ -134,7 +134,6 @@ fn load(folders: &Folders, workload: WorkloadKey, max_flows: u32) -> Result<Ebpf
     // The programs touch no kernel structures, so the kernel's own type information is not needed.
     loader
         .btf(None)
-        .verifier_log_level(VerifierLogLevel::DISABLE)
         .map_max_entries(maps::FLOWS, max_flows)
         .override_global("WORKLOAD", &workload, true)
         .override_global("CAN_SET_ERRNO", &can_set_errno, true);
