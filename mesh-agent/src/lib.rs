@@ -3,6 +3,8 @@
 pub mod admin;
 pub mod authz;
 pub mod balance;
+pub mod config;
+pub mod discovery;
 pub mod dns;
 pub mod ebpf;
 pub mod identity;

@@ -1,5 +1,6 @@
 //! One immutable view of everything the agent knows.
 
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
@@ -99,4 +100,15 @@ pub struct Rejected {
     pub path: Arc<str>,
     /// What is wrong and what is allowed.
     pub message: Arc<str>,
+}
+
+impl fmt::Display for Rejected {
+    /// `file:document N: Kind ns/name: field.path: message`
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:document {}: {}: ", self.file, self.document, self.resource)?;
+        if !self.path.is_empty() {
+            write!(f, "{}: ", self.path)?;
+        }
+        f.write_str(&self.message)
+    }
 }

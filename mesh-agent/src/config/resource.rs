@@ -1,0 +1,401 @@
+//! Resources: what a document says, checked on its own and typed by kind.
+//!
+//! Invariant: a [`Resource`] holds nothing that still can be wrong by itself; what depends on other documents
+//! (does that service exist?) is the compiler's question.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use serde::Deserialize;
+use serde_json::Value;
+use serde_json::value::{RawValue, to_raw_value};
+
+use super::check::{DNS_LABEL, DNS_SUBDOMAIN, Issue, Issues, is_dns_label, is_dns_subdomain, typed};
+use super::document::RawDocument;
+use super::endpoint_slice::EndpointSlice;
+use super::http_route::HttpRoute;
+use super::peer_authentication::PeerAuthentication;
+use super::pod::Pod;
+use super::reference_grant::ReferenceGrant;
+use super::service::Service;
+
+/// The kinds that the agent compiles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum Kind {
+    Namespace,
+    Pod,
+    Service,
+    EndpointSlice,
+    HttpRoute,
+    ReferenceGrant,
+    PeerAuthentication,
+}
+
+/// One row for each kind: its name, its group, the versions that are read.
+const KINDS: [(Kind, &str, &str, &[&str]); 7] = [
+    (Kind::Namespace, "Namespace", "", &["v1"]),
+    (Kind::Pod, "Pod", "", &["v1"]),
+    (Kind::Service, "Service", "", &["v1"]),
+    (Kind::EndpointSlice, "EndpointSlice", "discovery.k8s.io", &["v1"]),
+    (Kind::HttpRoute, "HTTPRoute", GATEWAY_GROUP, &["v1", "v1beta1"]),
+    (
+        Kind::ReferenceGrant,
+        "ReferenceGrant",
+        GATEWAY_GROUP,
+        &["v1", "v1beta1"],
+    ),
+    (
+        Kind::PeerAuthentication,
+        "PeerAuthentication",
+        "security.istio.io",
+        &["v1", "v1beta1"],
+    ),
+];
+pub(crate) const GATEWAY_GROUP: &str = "gateway.networking.k8s.io";
+
+impl Kind {
+    pub(crate) fn as_str(self) -> &'static str {
+        KINDS
+            .iter()
+            .find(|row| row.0 == self)
+            .map_or("", |(_, name, _, _)| name)
+    }
+
+    /// Kubernetes core kinds may have fields that mean nothing to a mesh; in the others each field is known.
+    fn is_strict(self) -> bool {
+        matches!(
+            self,
+            Self::HttpRoute | Self::ReferenceGrant | Self::PeerAuthentication
+        )
+    }
+}
+
+/// Names one resource.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct ResourceKey {
+    pub(crate) kind: Kind,
+    /// Empty for a Namespace.
+    pub(crate) namespace: Arc<str>,
+    pub(crate) name: Arc<str>,
+}
+
+impl fmt::Display for ResourceKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.namespace.is_empty() {
+            true => write!(f, "{} {}", self.kind.as_str(), self.name),
+            false => write!(f, "{} {}/{}", self.kind.as_str(), self.namespace, self.name),
+        }
+    }
+}
+
+pub(crate) type Labels = BTreeMap<Arc<str>, Arc<str>>;
+
+/// What is common to all kinds.
+#[derive(Debug)]
+pub(crate) struct Meta {
+    pub(crate) labels: Labels,
+    pub(crate) annotations: BTreeMap<String, String>,
+    pub(crate) created: Option<SystemTime>,
+    pub(crate) deleting: bool,
+}
+
+#[derive(Debug)]
+pub(crate) enum Resource {
+    Namespace(Labels),
+    Pod(Pod),
+    Service(Service),
+    EndpointSlice(EndpointSlice),
+    HttpRoute(HttpRoute),
+    ReferenceGrant(ReferenceGrant),
+    PeerAuthentication(PeerAuthentication),
+}
+
+/// A document that is in force or could be.
+#[derive(Debug)]
+pub(crate) struct Document {
+    pub(crate) key: ResourceKey,
+    pub(crate) resource: Resource,
+    /// The document as it was written, without its formatting: two with the same text are the same document.
+    pub(crate) json: Box<RawValue>,
+}
+
+/// One document of a file: what it is, what it gives, what is wrong with it.
+#[derive(Clone, Debug)]
+pub(crate) struct Entry {
+    pub(crate) number: usize,
+    pub(crate) prefix: String,
+    /// As far as it could be read: `HTTPRoute shop/reviews`.
+    pub(crate) label: String,
+    pub(crate) key: Option<ResourceKey>,
+    /// `None` when it is refused or of no use.
+    pub(crate) document: Option<Arc<Document>>,
+    pub(crate) issues: Vec<Issue>,
+}
+
+/// Checks one document on its own.
+pub(crate) fn parse(raw: RawDocument) -> Entry {
+    let mut entry = Entry {
+        number: raw.number,
+        prefix: raw.prefix,
+        label: String::from("document"),
+        key: None,
+        document: None,
+        issues: Vec::new(),
+    };
+    let value = match raw.value {
+        Ok(value) => value,
+        Err(issue) => {
+            entry.issues.push(issue);
+            return entry;
+        }
+    };
+    let mut issues = Issues::default();
+    match Envelope::open(value, &mut entry, &mut issues) {
+        Ok(Some(envelope)) => {
+            let json = envelope.json.clone();
+            let key = envelope.key.clone();
+            let resource = envelope.resource(&mut issues);
+            if let (Some(resource), false) = (resource, issues.has_errors()) {
+                entry.document = Some(Arc::new(Document { key, resource, json }));
+            }
+        }
+        Ok(None) => {}
+        Err(issue) => issues.push(issue),
+    }
+    entry.issues = issues.into_vec();
+    entry
+}
+
+/// A document whose kind and name are known.
+struct Envelope {
+    key: ResourceKey,
+    meta: Meta,
+    spec: Value,
+    /// The whole document, for the kinds that have no `spec`.
+    whole: Value,
+    json: Box<RawValue>,
+}
+
+#[derive(Deserialize)]
+struct RawHead {
+    #[serde(rename = "apiVersion")]
+    api_version: String,
+    kind: String,
+    #[serde(default)]
+    metadata: Value,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct RawMeta {
+    name: Option<String>,
+    namespace: Option<String>,
+    labels: BTreeMap<String, String>,
+    annotations: BTreeMap<String, String>,
+    creation_timestamp: Option<String>,
+    deletion_timestamp: Option<String>,
+}
+
+impl Envelope {
+    /// `None` for kinds that the agent has no use for.
+    fn open(mut value: Value, entry: &mut Entry, issues: &mut Issues) -> Result<Option<Self>, Issue> {
+        if !value.is_object() {
+            return Err(Issue::error(
+                "",
+                "not a resource; expected a map with apiVersion, kind and metadata",
+            ));
+        }
+        let json = to_raw_value(&value).map_err(|error| Issue::error("", error.to_string()))?;
+        let head: RawHead = typed(value.clone(), "")?;
+        entry.label.clone_from(&head.kind);
+        let Some(kind) = kind_of(&head, issues)? else {
+            if let Some(name) = head.metadata.get("name").and_then(Value::as_str) {
+                entry.label = format!("{} {name}", head.kind);
+            }
+            return Ok(None);
+        };
+        let raw: RawMeta = match head.metadata {
+            Value::Null => RawMeta::default(),
+            metadata => typed(metadata, "metadata")?,
+        };
+        let key = name_of(kind, &raw)?;
+        entry.label = key.to_string();
+        entry.key = Some(key.clone());
+        let meta = Meta::new(raw, issues);
+        let spec = value.get_mut("spec").map(Value::take).unwrap_or_default();
+        if kind.is_strict() {
+            let known = ["apiVersion", "kind", "metadata", "spec", "status"];
+            for field in value.as_object().into_iter().flat_map(serde_json::Map::keys) {
+                if !known.contains(&field.as_str()) {
+                    issues.error(
+                        field.as_str(),
+                        format!("unknown field `{field}`, expected one of {}", known.join(", ")),
+                    );
+                }
+            }
+        }
+        Ok(Some(Self {
+            key,
+            meta,
+            spec,
+            whole: value,
+            json,
+        }))
+    }
+
+    fn resource(self, issues: &mut Issues) -> Option<Resource> {
+        let Self {
+            key,
+            meta,
+            spec,
+            whole,
+            ..
+        } = self;
+        let empty_spec = spec.is_null();
+        let spec = match empty_spec {
+            true => Value::Object(serde_json::Map::new()),
+            false => spec,
+        };
+        let result = match key.kind {
+            Kind::Namespace => Ok(Resource::Namespace(meta.labels)),
+            Kind::Pod => Pod::parse(meta, spec, whole, issues).map(Resource::Pod),
+            Kind::Service => Service::parse(&meta, spec, issues).map(Resource::Service),
+            Kind::EndpointSlice => EndpointSlice::parse(&meta, whole, issues).map(Resource::EndpointSlice),
+            Kind::HttpRoute => HttpRoute::parse(&key, &meta, spec, issues).map(Resource::HttpRoute),
+            Kind::ReferenceGrant => ReferenceGrant::parse(spec, issues).map(Resource::ReferenceGrant),
+            Kind::PeerAuthentication => {
+                PeerAuthentication::parse(&meta, spec, issues).map(Resource::PeerAuthentication)
+            }
+        };
+        result.map_err(|issue| issues.push(issue)).ok()
+    }
+}
+
+impl Meta {
+    fn new(raw: RawMeta, issues: &mut Issues) -> Self {
+        let created = raw.creation_timestamp.and_then(|text| {
+            humantime::parse_rfc3339(&text)
+                .map_err(|_| {
+                    issues.error(
+                        "metadata.creationTimestamp",
+                        format!("`{text}` is not a time; expected one as in 2026-01-31T09:30:00Z"),
+                    );
+                })
+                .ok()
+        });
+        Self {
+            labels: shared(raw.labels),
+            annotations: raw.annotations,
+            created,
+            deleting: raw.deletion_timestamp.is_some(),
+        }
+    }
+}
+
+pub(crate) fn shared(labels: BTreeMap<String, String>) -> Labels {
+    labels
+        .into_iter()
+        .map(|(key, value)| (key.into(), value.into()))
+        .collect()
+}
+
+/// Whether `labels` have all that `selector` asks for.
+pub(crate) fn selects(selector: &Labels, labels: &Labels) -> bool {
+    selector.iter().all(|(key, value)| labels.get(key) == Some(value))
+}
+
+/// Kinds that this agent is to speak one day: to pass over them in silence would leave a user unprotected.
+const NOT_YET_GROUPS: [&str; 4] = [
+    GATEWAY_GROUP,
+    "networking.istio.io",
+    "security.istio.io",
+    "mesh-agent.dev",
+];
+/// Kinds of those groups that are somebody else's job.
+const NOT_OURS: [&str; 3] = ["GatewayClass", "Gateway", "ListenerSet"];
+
+fn kind_of(head: &RawHead, issues: &mut Issues) -> Result<Option<Kind>, Issue> {
+    let RawHead {
+        api_version, kind, ..
+    } = head;
+    let (group, version) = api_version.split_once('/').unwrap_or(("", api_version));
+    if let Some((found, _, _, versions)) = KINDS.iter().find(|row| row.1 == kind && row.2 == group) {
+        if versions.contains(&version) {
+            return Ok(Some(*found));
+        }
+        let allowed: Vec<_> = versions.iter().map(|version| in_group(group, version)).collect();
+        return Err(Issue::error(
+            "apiVersion",
+            format!(
+                "`{api_version}` of {kind} is not supported; allowed: {}",
+                allowed.join(", ")
+            ),
+        ));
+    }
+    if let Some((_, exact, group, versions)) = KINDS.iter().find(|row| row.1.eq_ignore_ascii_case(kind)) {
+        let field = if exact == kind { "apiVersion" } else { "kind" };
+        return Err(Issue::error(
+            field,
+            format!(
+                "there is no kind {kind} of {api_version}; did you mean {exact} of {}?",
+                in_group(group, versions[0])
+            ),
+        ));
+    }
+    if NOT_YET_GROUPS.contains(&group) && !NOT_OURS.contains(&kind.as_str()) {
+        let known: Vec<_> = KINDS.iter().map(|row| row.1).collect();
+        return Err(Issue::error(
+            "kind",
+            format!(
+                "{kind} of {api_version} is not supported by this version; supported: {}",
+                known.join(", ")
+            ),
+        ));
+    }
+    issues.warning(
+        "kind",
+        format!("kind {kind} of {api_version} is not used by the agent"),
+    );
+    Ok(None)
+}
+
+fn in_group(group: &str, version: &str) -> String {
+    match group {
+        "" => version.to_owned(),
+        group => format!("{group}/{version}"),
+    }
+}
+
+fn name_of(kind: Kind, raw: &RawMeta) -> Result<ResourceKey, Issue> {
+    let Some(name) = raw.name.as_deref() else {
+        return Err(Issue::error("metadata.name", "a name is needed here"));
+    };
+    let (valid, allowed) = match kind {
+        Kind::Namespace | Kind::Service => (is_dns_label(name), DNS_LABEL),
+        _ => (is_dns_subdomain(name), DNS_SUBDOMAIN),
+    };
+    if !valid {
+        return Err(Issue::error(
+            "metadata.name",
+            format!("{name:?} is not a name; {allowed}"),
+        ));
+    }
+    let namespace = match (kind, raw.namespace.as_deref()) {
+        (Kind::Namespace, _) => "",
+        (_, None) => "default",
+        (_, Some(namespace)) => namespace,
+    };
+    if kind != Kind::Namespace && !is_dns_label(namespace) {
+        return Err(Issue::error(
+            "metadata.namespace",
+            format!("{namespace:?} is not a namespace; {DNS_LABEL}"),
+        ));
+    }
+    Ok(ResourceKey {
+        kind,
+        namespace: namespace.into(),
+        name: name.into(),
+    })
+}

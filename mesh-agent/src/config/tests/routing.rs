@@ -1,0 +1,1 @@
+//! Routes: precedence, ownership, backends.
