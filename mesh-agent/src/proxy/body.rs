@@ -1,0 +1,187 @@
+//! The one body type that flows through the proxy, and what watches it pass.
+//!
+//! Invariant: frames are passed on as they come, never copied; whatever must happen at the end of a response
+//! (measuring it, giving its connection back) happens exactly once, also when the body is dropped half-way.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use http_body::{Frame, SizeHint};
+use hyper::body::Incoming;
+
+use super::app_pool::Lease;
+use super::mesh_pool::StreamLease;
+use super::record::{Exchange, Tail};
+use super::replay::Replay;
+
+pub(super) type BodyError = Box<dyn std::error::Error + Send + Sync>;
+
+/// A request's or response's body.
+#[derive(Debug, Default)]
+pub struct Body {
+    source: Source,
+    watch: Watch,
+    held: Held,
+}
+
+#[derive(Debug, Default)]
+enum Source {
+    #[default]
+    Empty,
+    Full(Bytes),
+    Incoming(Incoming),
+    Replay(Replay),
+    /// A response that the inbound pipeline of the same agent gave.
+    Nested(Box<Body>),
+}
+
+#[derive(Debug, Default)]
+enum Watch {
+    #[default]
+    Nobody,
+    /// Counts a request's bytes.
+    Request(Arc<Exchange>),
+    /// Measures a response to its end.
+    Response(Box<Tail>),
+}
+
+/// What a response holds until it ends.
+#[derive(Debug, Default)]
+pub(super) enum Held {
+    #[default]
+    Nothing,
+    /// A connection to an application, given back at a clean end.
+    App(Lease),
+    /// A stream's place on a pooled mTLS connection.
+    Mesh(#[expect(dead_code, reason = "held for its Drop")] StreamLease),
+}
+
+impl Body {
+    pub(super) fn full(bytes: impl Into<Bytes>) -> Self {
+        Self { source: Source::Full(bytes.into()), ..Self::default() }
+    }
+
+    pub(super) fn incoming(body: Incoming) -> Self {
+        Self { source: Source::Incoming(body), ..Self::default() }
+    }
+
+    pub(super) fn replay(body: Replay) -> Self {
+        Self { source: Source::Replay(body), ..Self::default() }
+    }
+
+    pub(super) fn nested(body: Self) -> Self {
+        Self { source: Source::Nested(Box::new(body)), ..Self::default() }
+    }
+
+    pub(super) fn counted(mut self, exchange: Arc<Exchange>) -> Self {
+        self.watch = Watch::Request(exchange);
+        self
+    }
+
+    pub(super) fn measured(mut self, tail: Box<Tail>) -> Self {
+        self.watch = Watch::Response(tail);
+        self
+    }
+
+    pub(super) fn holding(mut self, held: Held) -> Self {
+        self.held = held;
+        self
+    }
+
+    fn poll_source(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        match &mut self.source {
+            Source::Empty => Poll::Ready(None),
+            Source::Full(bytes) => {
+                let bytes = std::mem::take(bytes);
+                self.source = Source::Empty;
+                Poll::Ready((!bytes.is_empty()).then(|| Ok(Frame::data(bytes))))
+            }
+            Source::Incoming(body) => Pin::new(body).poll_frame(cx).map_err(Into::into),
+            Source::Replay(body) => body.poll_frame(cx),
+            Source::Nested(body) => Pin::new(&mut **body).poll_frame(cx),
+        }
+    }
+
+    fn ended(&mut self) {
+        if let Watch::Response(tail) = std::mem::take(&mut self.watch) {
+            tail.finish();
+        }
+        if let Held::App(lease) = std::mem::take(&mut self.held) {
+            lease.give_back();
+        }
+    }
+}
+
+impl http_body::Body for Body {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        if let Watch::Response(tail) = &mut self.watch
+            && tail.poll_expired(cx).is_ready()
+        {
+            self.source = Source::Empty;
+            self.watch = Watch::Nobody;
+            self.held = Held::Nothing;
+            return Poll::Ready(Some(Err("the request's time is over".into())));
+        }
+        let frame = std::task::ready!(self.poll_source(cx));
+        match (&frame, &mut self.watch) {
+            (Some(Ok(frame)), Watch::Request(exchange)) => {
+                if let Some(data) = frame.data_ref() {
+                    exchange.request_bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
+                }
+            }
+            (Some(Ok(frame)), Watch::Response(tail)) => tail.passed(frame),
+            (Some(Err(_)), Watch::Response(tail)) => tail.broke(),
+            _ => {}
+        }
+        let last = match &frame {
+            None => true,
+            Some(Ok(_)) => http_body::Body::is_end_stream(&*self),
+            Some(Err(_)) => {
+                self.held = Held::Nothing;
+                false
+            }
+        };
+        if last {
+            self.ended();
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.source {
+            Source::Empty => true,
+            Source::Full(bytes) => bytes.is_empty(),
+            Source::Incoming(body) => body.is_end_stream(),
+            Source::Replay(body) => body.is_end_stream(),
+            Source::Nested(body) => body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.source {
+            Source::Empty => SizeHint::with_exact(0),
+            Source::Full(bytes) => SizeHint::with_exact(bytes.len() as u64),
+            Source::Incoming(body) => body.size_hint(),
+            Source::Replay(body) => body.size_hint(),
+            Source::Nested(body) => body.size_hint(),
+        }
+    }
+}
+
+impl Drop for Body {
+    /// A body that is never polled because it is empty has ended all the same.
+    fn drop(&mut self) {
+        if http_body::Body::is_end_stream(self) {
+            self.ended();
+        }
+    }
+}

@@ -1,0 +1,166 @@
+//! Who the proxy works for: one [`Local`] per enrolled workload, and the list of open connections.
+//!
+//! Every connection and task carries its workload's context, where what it uses is accounted.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::SystemTime;
+
+use arc_swap::ArcSwap;
+use tokio::sync::watch;
+
+use super::tcp::Moved;
+use crate::model::Workload;
+use crate::sock::Namespace;
+
+/// One workload of this node, for as long as it is enrolled.
+#[derive(Debug)]
+pub struct Local {
+    /// `namespace/name`
+    pub uid: Arc<str>,
+    pub namespace: Arc<dyn Namespace>,
+    workload: ArcSwap<Workload>,
+    pub usage: Usage,
+    released: watch::Sender<bool>,
+}
+
+/// What a workload uses of the shared proxy.
+#[derive(Debug, Default)]
+pub struct Usage {
+    pub connections: AtomicU64,
+    pub requests: AtomicU64,
+    pub bytes: AtomicU64,
+}
+
+impl Local {
+    pub fn new(workload: Arc<Workload>, namespace: Arc<dyn Namespace>) -> Arc<Self> {
+        Arc::new(Self {
+            uid: workload.uid().into(),
+            namespace,
+            workload: ArcSwap::new(workload),
+            usage: Usage::default(),
+            released: watch::Sender::new(false),
+        })
+    }
+
+    /// What its documents say at this moment.
+    pub fn workload(&self) -> Arc<Workload> {
+        self.workload.load_full()
+    }
+
+    pub fn update(&self, workload: Arc<Workload>) {
+        self.workload.store(workload);
+    }
+
+    /// Ends all that is done on its behalf: sockets of ours would keep a deleted network namespace alive.
+    pub fn release(&self) {
+        self.released.send_replace(true);
+    }
+
+    pub async fn released(&self) {
+        let mut released = self.released.subscribe();
+        // The sender lives as long as `self`.
+        let _ = released.wait_for(|released| *released).await;
+    }
+}
+
+/// The enrolled workloads by address.
+#[derive(Debug, Default)]
+pub struct Locals(ArcSwap<HashMap<IpAddr, Arc<Local>>>);
+
+impl Locals {
+    pub fn get(&self, address: IpAddr) -> Option<Arc<Local>> {
+        self.0.load().get(&address).cloned()
+    }
+
+    pub fn replace(&self, locals: HashMap<IpAddr, Arc<Local>>) {
+        self.0.store(Arc::new(locals));
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    Outbound,
+    Inbound,
+}
+
+/// An open connection, for the admin page.
+#[derive(Debug)]
+pub struct Connection {
+    pub direction: Direction,
+    pub workload: Arc<str>,
+    pub peer: SocketAddr,
+    pub destination: SocketAddr,
+    pub since: SystemTime,
+    /// Known after detection.
+    pub protocol: OnceLock<&'static str>,
+    pub peer_identity: OnceLock<String>,
+    pub moved: Moved,
+}
+
+/// All open connections.
+#[derive(Clone, Debug, Default)]
+pub struct Connections(Arc<Registry>);
+
+#[derive(Debug, Default)]
+struct Registry {
+    next: AtomicU64,
+    open: Mutex<HashMap<u64, Arc<Connection>>>,
+}
+
+/// Keeps a connection listed.
+#[derive(Debug)]
+pub struct Listed {
+    pub connection: Arc<Connection>,
+    id: u64,
+    registry: Arc<Registry>,
+    local: Arc<Local>,
+}
+
+impl Connections {
+    pub(super) fn open(
+        &self,
+        direction: Direction,
+        local: &Arc<Local>,
+        peer: SocketAddr,
+        destination: SocketAddr,
+    ) -> Listed {
+        let connection = Arc::new(Connection {
+            direction,
+            workload: Arc::clone(&local.uid),
+            peer,
+            destination,
+            since: SystemTime::now(),
+            protocol: OnceLock::new(),
+            peer_identity: OnceLock::new(),
+            moved: Moved::default(),
+        });
+        let id = self.0.next.fetch_add(1, Ordering::Relaxed);
+        self.0.lock().insert(id, Arc::clone(&connection));
+        local.usage.connections.fetch_add(1, Ordering::Relaxed);
+        Listed { connection, id, registry: Arc::clone(&self.0), local: Arc::clone(local) }
+    }
+
+    pub fn list(&self) -> Vec<Arc<Connection>> {
+        self.0.lock().values().cloned().collect()
+    }
+
+    pub fn count(&self) -> usize {
+        self.0.lock().len()
+    }
+}
+
+impl Registry {
+    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Arc<Connection>>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Listed {
+    fn drop(&mut self) {
+        self.registry.lock().remove(&self.id);
+        self.local.usage.connections.fetch_sub(1, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,154 @@
+//! What the proxy adds to, takes from and trusts in a message's headers.
+//!
+//! Invariants: nothing an application sends can pass for what an agent says (`mesh-agent-*`, XFCC are ours);
+//! hop-by-hop fields end here (RFC 9110, section 7.6.1); `x-forwarded-for` and `traceparent` are left as they
+//! are, as Envoy does in a mesh (`use_remote_address: false`), and `x-request-id` is made when it is missing.
+
+use std::net::SocketAddr;
+
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::uri::{Authority, PathAndQuery, Scheme, Uri};
+use http::{Method, Version, request};
+
+use super::error::{Error, Kind};
+
+/// Where a request between agents goes: `ip:port` of a workload behind the receiving agent.
+pub(super) const DESTINATION: HeaderName = HeaderName::from_static("mesh-agent-destination");
+/// The client's own address, as the receiving application will see it.
+pub(super) const CLIENT: HeaderName = HeaderName::from_static("mesh-agent-client");
+/// The HTTP version that the client spoke, and the application will be spoken to in.
+pub(super) const VERSION: HeaderName = HeaderName::from_static("mesh-agent-version");
+
+const OURS: [HeaderName; 3] = [DESTINATION, CLIENT, VERSION];
+const XFCC: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+
+/// Fields that `Connection` may name although they are end-to-end: naming them must not strip them (a client
+/// could otherwise make the next hop see a request without its credentials).
+const NEVER_HOP_BY_HOP: [HeaderName; 6] = [
+    header::AUTHORIZATION,
+    header::COOKIE,
+    header::HOST,
+    header::CONTENT_LENGTH,
+    header::CONTENT_TYPE,
+    REQUEST_ID,
+];
+
+/// Makes an application's request fit to be passed on. `fallback` names the destination when the client
+/// (HTTP/1.0) did not.
+pub(super) fn from_application(parts: &mut request::Parts, fallback: SocketAddr) -> Result<(), Error> {
+    strip_hop_by_hop(&mut parts.headers);
+    strip_ours(&mut parts.headers);
+    parts.headers.remove(XFCC);
+    // hyper answers `100-continue` itself when the body is first read, as Envoy does.
+    parts.headers.remove(header::EXPECT);
+    absolute(parts, fallback)?;
+    if !parts.headers.contains_key(REQUEST_ID) {
+        parts.headers.insert(REQUEST_ID, request_id());
+    }
+    if !parts.headers.contains_key(FORWARDED_PROTO) {
+        parts.headers.insert(FORWARDED_PROTO, HeaderValue::from_static("http"));
+    }
+    Ok(())
+}
+
+/// Tells the application who its client is, as Envoy's `SANITIZE_SET` does.
+pub(super) fn set_client_certificate(headers: &mut HeaderMap, xfcc: Option<&HeaderValue>) {
+    match xfcc {
+        Some(value) => headers.insert(XFCC, value.clone()),
+        None => headers.remove(XFCC),
+    };
+}
+
+pub(super) fn strip_ours(headers: &mut HeaderMap) {
+    for name in OURS {
+        headers.remove(name);
+    }
+}
+
+/// Also for responses and their way back.
+pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
+    if let Some(named) = headers.remove(header::CONNECTION)
+        && let Ok(named) = named.to_str()
+    {
+        for name in named.split(',') {
+            if let Ok(name) = HeaderName::try_from(name.trim())
+                && !NEVER_HOP_BY_HOP.contains(&name)
+            {
+                headers.remove(name);
+            }
+        }
+        headers.remove(header::CONNECTION);
+    }
+    headers.remove("keep-alive");
+    headers.remove("proxy-connection");
+    headers.remove(header::TRANSFER_ENCODING);
+    headers.remove(header::UPGRADE);
+    if headers.get(header::TE).is_some_and(|te| te != "trailers") {
+        headers.remove(header::TE);
+    }
+}
+
+/// The protocol that the client asks to switch to, if it does (RFC 9110, section 7.8).
+pub(super) fn upgrade(parts: &request::Parts) -> Option<HeaderValue> {
+    let asks = parts.version == Version::HTTP_11
+        && parts.headers.get_all(header::CONNECTION).iter().any(|value| {
+            value.to_str().is_ok_and(|v| v.split(',').any(|t| t.trim().eq_ignore_ascii_case("upgrade")))
+        });
+    // `h2c` is not an upgrade to pass on: a client that is answered 200 stays with HTTP/1.1 (RFC 9113, 3.1).
+    asks.then(|| parts.headers.get(header::UPGRADE).cloned())?.filter(|to| !to.as_bytes().starts_with(b"h2c"))
+}
+
+/// The form an HTTP/1.1 origin server reads: a path, and `Host`.
+pub(super) fn origin_form(parts: &mut request::Parts) {
+    if let Some(authority) = parts.uri.authority()
+        && let Ok(host) = HeaderValue::from_str(authority.as_str())
+    {
+        parts.headers.insert(header::HOST, host);
+    }
+    let path = parts.uri.path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
+    parts.uri = if parts.method == Method::OPTIONS && path.as_str() == "*" {
+        Uri::from_static("*")
+    } else {
+        Uri::from(path)
+    };
+    parts.version = Version::HTTP_11;
+}
+
+/// The form that routing reads and HTTP/2 sends: scheme, authority, path.
+fn absolute(parts: &mut request::Parts, fallback: SocketAddr) -> Result<(), Error> {
+    let mut hosts = parts.headers.get_all(header::HOST).iter();
+    let host = hosts.next().map(|host| Authority::try_from(host.as_bytes())).transpose();
+    let host = host.map_err(|cause| Error::new(Kind::BadRequest, cause))?;
+    if hosts.next().is_some() {
+        return Err(Error::new(Kind::BadRequest, "more than one Host"));
+    }
+    let authority = match (parts.uri.authority(), host) {
+        // RFC 9112, section 3.2.2: the absolute form wins over Host.
+        (Some(authority), _) => authority.clone(),
+        (None, Some(host)) => host,
+        (None, None) if parts.version == Version::HTTP_10 => Authority::try_from(fallback.to_string())
+            .map_err(|cause| Error::new(Kind::Internal, cause))?,
+        (None, None) => return Err(Error::new(Kind::BadRequest, "no Host")),
+    };
+    if authority.as_str().contains('@') {
+        return Err(Error::new(Kind::BadRequest, "user information in Host"));
+    }
+    parts.headers.remove(header::HOST);
+    let mut uri = std::mem::take(&mut parts.uri).into_parts();
+    uri.scheme = Some(Scheme::HTTP);
+    uri.authority = Some(authority);
+    if uri.path_and_query.is_none() {
+        uri.path_and_query = Some(PathAndQuery::from_static("/"));
+    }
+    parts.uri = Uri::from_parts(uri).map_err(|cause| Error::new(Kind::BadRequest, cause))?;
+    Ok(())
+}
+
+fn request_id() -> HeaderValue {
+    let mut buffer = uuid::Uuid::encode_buffer();
+    let id = uuid::Uuid::new_v4().hyphenated().encode_lower(&mut buffer);
+    // A UUID is ASCII, so this cannot fail; an empty value would still be valid.
+    HeaderValue::from_str(id).unwrap_or_else(|_| HeaderValue::from_static(""))
+}

@@ -1,0 +1,230 @@
+//! Pooled mTLS connections to the agents beside other workloads.
+//!
+//! Invariants: a connection is shared only by requests with the very same [`PeerKey`], compared field by field,
+//! never by hash; the certificate presented must be the identity in the key; streams are counted when they are
+//! opened; nothing here ever falls back to clear text.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use http::{Request, Response};
+use hyper::body::Incoming;
+use hyper::client::conn::http2;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use rustls::pki_types::ServerName;
+use tokio::time::Instant;
+use tokio_rustls::TlsConnector;
+
+use super::body::Body;
+use super::error::{Error, Kind};
+use super::failure;
+use super::{CONNECT_TIMEOUT, HBONE_PORT, TlsParts};
+use crate::model::Identity;
+use crate::sock::{self, Namespace};
+use crate::tls;
+
+/// Streams on one connection before another is opened (ztunnel's default).
+const STREAMS_PER_CONNECTION: usize = 100;
+/// Connections to one peer; beyond it streams share what is there and wait for the peer's limit.
+const CONNECTIONS_PER_PEER: usize = 16;
+/// How long a connection without streams is kept (ztunnel's default).
+const IDLE: Duration = Duration::from_secs(300);
+/// The connection's window is several times a stream's: with equal ones a stream that nobody reads could stop
+/// all the others.
+pub(super) const STREAM_WINDOW: u32 = 1 << 20;
+pub(super) const CONNECTION_WINDOW: u32 = 8 << 20;
+/// A peer that is gone without a word is noticed after these.
+const PING_EVERY: Duration = Duration::from_secs(10);
+const PING_ANSWER: Duration = Duration::from_secs(10);
+
+/// Everything that tells one peer, seen by one client, from another.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct PeerKey {
+    pub(super) source: Arc<str>,
+    pub(super) source_identity: Identity,
+    pub(super) peer_identity: Identity,
+    pub(super) address: IpAddr,
+}
+
+pub(super) struct MeshPool {
+    peers: Mutex<HashMap<PeerKey, Arc<Peer>>>,
+    tls: TlsParts,
+}
+
+#[derive(Default)]
+struct Peer {
+    connections: Mutex<Vec<Arc<Connection>>>,
+    /// Held while connecting, so that a burst of first requests makes one connection.
+    connecting: tokio::sync::Mutex<()>,
+}
+
+struct Connection {
+    sender: http2::SendRequest<Body>,
+    /// The peer is one of our own agents (ALPN `mesh-agent/1`) and takes requests as they are.
+    native: bool,
+    streams: AtomicUsize,
+    idle_since: Mutex<Instant>,
+}
+
+/// One stream's place on a connection.
+pub(super) struct StreamLease(Arc<Connection>);
+
+impl std::fmt::Debug for StreamLease {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("StreamLease").field("native", &self.0.native).finish_non_exhaustive()
+    }
+}
+
+impl std::fmt::Debug for MeshPool {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("MeshPool").field("peers", &lock(&self.peers).len()).finish_non_exhaustive()
+    }
+}
+
+impl StreamLease {
+    /// Whether the peer takes requests as they are; otherwise only CONNECT.
+    pub(super) fn native(&self) -> bool {
+        self.0.native
+    }
+
+    /// Sends a request; gives it back when it was certainly not sent.
+    pub(super) async fn send(
+        &self,
+        request: Request<Body>,
+    ) -> Result<Response<Incoming>, (Error, Option<Request<Body>>)> {
+        let mut sender = self.0.sender.clone();
+        sender.try_send_request(request).await.map_err(|mut failed| {
+            let unsent = failed.take_message();
+            (failure::of_http(failed.into_error()), unsent)
+        })
+    }
+}
+
+impl Drop for StreamLease {
+    fn drop(&mut self) {
+        if self.0.streams.fetch_sub(1, Ordering::Relaxed) == 1 {
+            *lock(&self.0.idle_since) = Instant::now();
+        }
+    }
+}
+
+impl MeshPool {
+    pub(super) fn new(tls: TlsParts) -> Self {
+        Self { peers: Mutex::default(), tls }
+    }
+
+    /// A stream to the agent beside `key.address`, over a connection that is there or a new one.
+    pub(super) async fn stream(&self, key: &PeerKey, namespace: &dyn Namespace) -> Result<StreamLease, Error> {
+        let peer = {
+            let mut peers = lock(&self.peers);
+            match peers.get(key) {
+                Some(peer) => Arc::clone(peer),
+                None => Arc::clone(peers.entry(key.clone()).or_default()),
+            }
+        };
+        if let Some(lease) = peer.lease(STREAMS_PER_CONNECTION) {
+            return Ok(lease);
+        }
+        let _connecting = peer.connecting.lock().await;
+        let enough = lock(&peer.connections).len() >= CONNECTIONS_PER_PEER;
+        let limit = if enough { usize::MAX } else { STREAMS_PER_CONNECTION };
+        if let Some(lease) = peer.lease(limit) {
+            return Ok(lease);
+        }
+        let connection = tokio::time::timeout(CONNECT_TIMEOUT, self.connect(key, namespace))
+            .await
+            .map_err(|_| Error::new(Kind::Connect, "mTLS connect timed out"))
+            .flatten();
+        let connection = connection.inspect_err(|error| self.count(key, error))?;
+        let lease = StreamLease(Arc::new(connection));
+        lock(&peer.connections).push(Arc::clone(&lease.0));
+        Ok(lease)
+    }
+
+    /// Closes what was not used for a while, and forgets peers without connections.
+    pub(super) fn sweep(&self) {
+        let now = Instant::now();
+        lock(&self.peers).retain(|_, peer| {
+            let mut connections = lock(&peer.connections);
+            connections.retain(|connection| {
+                let idle = connection.streams.load(Ordering::Relaxed) == 0
+                    && now.duration_since(*lock(&connection.idle_since)) > IDLE;
+                !connection.sender.is_closed() && !idle
+            });
+            // Somebody who holds the peer may be connecting just now.
+            !connections.is_empty() || Arc::strong_count(peer) > 1
+        });
+    }
+
+    /// Closes what leaves from a workload that is gone.
+    pub(super) fn forget(&self, workload: &str) {
+        lock(&self.peers).retain(|key, _| &*key.source != workload);
+    }
+
+    pub(super) fn connections(&self) -> usize {
+        lock(&self.peers).values().map(|peer| lock(&peer.connections).len()).sum()
+    }
+
+    async fn connect(&self, key: &PeerKey, namespace: &dyn Namespace) -> Result<Connection, Error> {
+        let config = tls::client_config(&self.tls.identities, &key.source_identity, &key.peer_identity)
+            .map_err(|cause| Error::new(Kind::Internal, cause))?;
+        let to = SocketAddr::new(key.address, HBONE_PORT);
+        let stream = sock::connect(namespace, to, None).await.map_err(|cause| Error::new(Kind::Connect, cause))?;
+        let name = ServerName::IpAddress(key.address.into());
+        let stream = TlsConnector::from(config).connect(name, stream).await.map_err(|cause| {
+            let mismatch = tls::is_identity_mismatch(&cause);
+            Error::new(if mismatch { Kind::PeerIdentity } else { Kind::Connect }, cause)
+        })?;
+        let native = stream.get_ref().1.alpn_protocol() == Some(tls::ALPN_NATIVE);
+        let (sender, connection) = http2::Builder::new(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .keep_alive_interval(PING_EVERY)
+            .keep_alive_timeout(PING_ANSWER)
+            .handshake(TokioIo::new(stream))
+            .await
+            .map_err(|cause| Error::new(Kind::Connect, cause))?;
+        tokio::spawn(async move {
+            if let Err(error) = connection.await {
+                tracing::debug!(%error, peer = %to, "mTLS connection ended");
+            }
+        });
+        Ok(Connection {
+            sender,
+            native,
+            streams: AtomicUsize::new(1),
+            idle_since: Mutex::new(Instant::now()),
+        })
+    }
+
+    fn count(&self, key: &PeerKey, error: &Error) {
+        if error.kind == Kind::PeerIdentity {
+            self.tls.metrics.agent().peer_identity_mismatches.inc();
+            tracing::warn!(peer = %key.address, expected = %key.peer_identity, %error, "refused a peer");
+        } else {
+            tracing::debug!(peer = %key.address, %error, "cannot reach the agent beside a workload");
+        }
+        self.tls.metrics.agent().upstream_connect_failures.inc();
+    }
+}
+
+impl Peer {
+    fn lease(&self, limit: usize) -> Option<StreamLease> {
+        let mut connections = lock(&self.connections);
+        connections.retain(|connection| !connection.sender.is_closed());
+        let connection = connections.iter().min_by_key(|c| c.streams.load(Ordering::Relaxed))?;
+        if connection.streams.load(Ordering::Relaxed) >= limit {
+            return None;
+        }
+        connection.streams.fetch_add(1, Ordering::Relaxed);
+        Some(StreamLease(Arc::clone(connection)))
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

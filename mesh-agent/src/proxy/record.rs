@@ -1,0 +1,206 @@
+//! The measuring of one request, from its head to the end of its response.
+//!
+//! Invariant: each exchange is recorded exactly once by each side that handles it: at the response's end, when
+//! it breaks, or when it is dropped.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll};
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use http::{HeaderMap, StatusCode};
+use http_body::Frame;
+use tokio::time::{Instant, Sleep};
+
+use crate::metrics::{Flag, HttpOutcome, HttpRecorder};
+use crate::model::InFlight;
+use crate::telemetry::{AccessLog, AccessRecord};
+
+/// What is known when the request arrives.
+#[derive(Debug)]
+pub(super) struct Exchange {
+    pub(super) started: Instant,
+    pub(super) request_bytes: AtomicU64,
+    /// Kept only when somebody reads the access log.
+    pub(super) line: Option<Box<LogLine>>,
+}
+
+/// The request's part of a line in the access log.
+#[derive(Debug)]
+pub(super) struct LogLine {
+    pub(super) at: SystemTime,
+    pub(super) method: String,
+    pub(super) authority: String,
+    pub(super) path: String,
+    pub(super) protocol: &'static str,
+    pub(super) request_id: String,
+    pub(super) user_agent: String,
+    pub(super) source: String,
+    pub(super) peer: String,
+}
+
+/// Where it went, for the access log.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Outcome {
+    pub(super) upstream: Option<std::net::SocketAddr>,
+    pub(super) destination: Option<Arc<str>>,
+    pub(super) route: Option<Arc<str>>,
+    pub(super) attempts: u32,
+}
+
+/// Watches a response until it ends.
+pub(super) struct Tail {
+    exchange: Arc<Exchange>,
+    recorder: Arc<HttpRecorder>,
+    log: AccessLog,
+    reporter: &'static str,
+    status: StatusCode,
+    flag: Flag,
+    grpc_status: Option<u16>,
+    bytes: u64,
+    outcome: Outcome,
+    deadline: Option<Pin<Box<Sleep>>>,
+    in_flight: Option<InFlight>,
+    recorded: bool,
+}
+
+impl std::fmt::Debug for Tail {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tail").field("status", &self.status).field("flag", &self.flag).finish_non_exhaustive()
+    }
+}
+
+impl Tail {
+    pub(super) fn new(
+        exchange: Arc<Exchange>,
+        recorder: Arc<HttpRecorder>,
+        log: AccessLog,
+        reporter: &'static str,
+    ) -> Box<Self> {
+        Box::new(Self {
+            exchange,
+            recorder,
+            log,
+            reporter,
+            status: StatusCode::OK,
+            flag: Flag::None,
+            grpc_status: None,
+            bytes: 0,
+            outcome: Outcome::default(),
+            deadline: None,
+            in_flight: None,
+            recorded: false,
+        })
+    }
+
+    pub(super) fn head(mut self: Box<Self>, status: StatusCode, headers: &HeaderMap, flag: Flag) -> Box<Self> {
+        self.status = status;
+        self.flag = flag;
+        self.grpc_status = grpc_status(headers);
+        self
+    }
+
+    pub(super) fn to(mut self: Box<Self>, outcome: Outcome) -> Box<Self> {
+        self.outcome = outcome;
+        self
+    }
+
+    /// The response's end counts the endpoint's load down.
+    pub(super) fn counting(mut self: Box<Self>, in_flight: Option<InFlight>) -> Box<Self> {
+        self.in_flight = in_flight;
+        self
+    }
+
+    pub(super) fn until(mut self: Box<Self>, deadline: Option<Instant>) -> Box<Self> {
+        self.deadline = deadline.map(|at| Box::pin(tokio::time::sleep_until(at)));
+        self
+    }
+
+    pub(super) fn poll_expired(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let Some(deadline) = &mut self.deadline else { return Poll::Pending };
+        std::task::ready!(deadline.as_mut().poll(cx));
+        self.flag = Flag::UpstreamTimeout;
+        self.record();
+        Poll::Ready(())
+    }
+
+    pub(super) fn passed(&mut self, frame: &Frame<Bytes>) {
+        if let Some(data) = frame.data_ref() {
+            self.bytes += data.len() as u64;
+        } else if let Some(trailers) = frame.trailers_ref() {
+            self.grpc_status = grpc_status(trailers).or(self.grpc_status);
+        }
+    }
+
+    /// The upstream broke off in the middle of its response.
+    pub(super) fn broke(&mut self) {
+        self.flag = Flag::UpstreamReset;
+        self.record();
+    }
+
+    pub(super) fn finish(mut self: Box<Self>) {
+        self.record();
+    }
+
+    fn record(&mut self) {
+        if std::mem::replace(&mut self.recorded, true) {
+            return;
+        }
+        self.in_flight = None;
+        let duration = self.exchange.started.elapsed();
+        let outcome = HttpOutcome {
+            status: self.status.as_u16(),
+            flag: self.flag,
+            grpc_status: self.grpc_status,
+            duration,
+            request_bytes: self.exchange.request_bytes.load(Ordering::Relaxed),
+            response_bytes: self.bytes,
+        };
+        self.recorder.record(&outcome);
+        if let Some(line) = &self.exchange.line {
+            self.write(line, &outcome, duration);
+        }
+    }
+
+    fn write(&self, line: &LogLine, outcome: &HttpOutcome, duration: Duration) {
+        self.log.log(&AccessRecord {
+            start: line.at,
+            reporter: self.reporter,
+            method: &line.method,
+            authority: &line.authority,
+            path: &line.path,
+            protocol: line.protocol,
+            status: outcome.status,
+            flags: self.flag.as_str(),
+            grpc_status: self.grpc_status,
+            bytes_received: outcome.request_bytes,
+            bytes_sent: outcome.response_bytes,
+            duration,
+            upstream: self.outcome.upstream,
+            source: &line.source,
+            destination: self.outcome.destination.as_deref().unwrap_or(""),
+            peer_identity: &line.peer,
+            request_id: &line.request_id,
+            user_agent: &line.user_agent,
+            route: self.outcome.route.as_deref().unwrap_or(""),
+            attempts: self.outcome.attempts,
+        });
+    }
+}
+
+impl Drop for Tail {
+    /// The client went away before the end.
+    fn drop(&mut self) {
+        if !self.recorded {
+            self.flag = Flag::DownstreamReset;
+            self.record();
+        }
+    }
+}
+
+fn grpc_status(headers: &HeaderMap) -> Option<u16> {
+    headers.get("grpc-status")?.to_str().ok()?.parse().ok()
+}
