@@ -85,18 +85,17 @@ impl Error {
             Kind::BadRequest => (StatusCode::BAD_REQUEST, Flag::DownstreamProtocol),
             Kind::DownstreamReset => (StatusCode::BAD_REQUEST, Flag::DownstreamReset),
             Kind::NoRoute => (StatusCode::NOT_FOUND, Flag::NoRoute),
-            Kind::NoBackend => (StatusCode::INTERNAL_SERVER_ERROR, Flag::NoRoute),
+            Kind::NoBackend => (StatusCode::INTERNAL_SERVER_ERROR, Flag::NoCluster),
             Kind::NoEndpoint => (StatusCode::SERVICE_UNAVAILABLE, Flag::NoHealthyUpstream),
-            Kind::Connect | Kind::PeerIdentity => {
-                (StatusCode::SERVICE_UNAVAILABLE, Flag::UpstreamConnectFailure)
-            }
+            Kind::Connect => (StatusCode::SERVICE_UNAVAILABLE, Flag::UpstreamConnectFailure),
+            Kind::PeerIdentity => (StatusCode::SERVICE_UNAVAILABLE, Flag::TlsFailure),
             Kind::RefusedStream | Kind::Reset => (StatusCode::SERVICE_UNAVAILABLE, Flag::UpstreamReset),
             Kind::BadResponse => (StatusCode::BAD_GATEWAY, Flag::UpstreamProtocol),
             Kind::PerTryTimeout | Kind::RequestTimeout => {
                 (StatusCode::GATEWAY_TIMEOUT, Flag::UpstreamTimeout)
             }
             Kind::Denied => (StatusCode::FORBIDDEN, Flag::Denied),
-            Kind::Overload => (StatusCode::SERVICE_UNAVAILABLE, Flag::Overload),
+            Kind::Overload => (StatusCode::SERVICE_UNAVAILABLE, Flag::UpstreamOverflow),
             Kind::Internal => (StatusCode::INTERNAL_SERVER_ERROR, Flag::LocalReset),
         }
     }

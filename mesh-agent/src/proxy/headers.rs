@@ -107,6 +107,7 @@ pub(super) fn origin_form(parts: &mut request::Parts) {
     {
         parts.headers.insert(header::HOST, host);
     }
+    join_cookies(&mut parts.headers);
     let path = parts.uri.path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
     parts.uri = if parts.method == Method::OPTIONS && path.as_str() == "*" {
         Uri::from_static("*")
@@ -114,6 +115,18 @@ pub(super) fn origin_form(parts: &mut request::Parts) {
         Uri::from(path)
     };
     parts.version = Version::HTTP_11;
+}
+
+/// HTTP/2 clients may send their cookies apart; HTTP/1.1 has one line (RFC 9113, section 8.2.3).
+fn join_cookies(headers: &mut HeaderMap) {
+    let mut cookies = headers.get_all(header::COOKIE).iter();
+    if cookies.next().is_none() || cookies.next().is_none() {
+        return;
+    }
+    let lines: Vec<&[u8]> = headers.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes).collect();
+    if let Ok(joined) = HeaderValue::from_bytes(&lines.join(&b"; "[..])) {
+        headers.insert(header::COOKIE, joined);
+    }
 }
 
 /// The form that routing reads and HTTP/2 sends: scheme, authority, path.

@@ -14,7 +14,6 @@ use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use rustls::pki_types::ServerName;
 use tokio::time::Instant;
 use tokio_rustls::TlsConnector;
 
@@ -24,7 +23,7 @@ use super::failure;
 use super::{CONNECT_TIMEOUT, HBONE_PORT, TlsParts};
 use crate::model::Identity;
 use crate::sock::{self, Namespace};
-use crate::tls;
+use crate::tls::{self, Transport};
 
 /// Streams on one connection before another is opened (ztunnel's default).
 const STREAMS_PER_CONNECTION: usize = 100;
@@ -173,12 +172,12 @@ impl MeshPool {
             .map_err(|cause| Error::new(Kind::Internal, cause))?;
         let to = SocketAddr::new(key.address, HBONE_PORT);
         let stream = sock::connect(namespace, to, None).await.map_err(|cause| Error::new(Kind::Connect, cause))?;
-        let name = ServerName::IpAddress(key.address.into());
+        let name = tls::server_name(key.address);
         let stream = TlsConnector::from(config).connect(name, stream).await.map_err(|cause| {
-            let mismatch = tls::is_identity_mismatch(&cause);
-            Error::new(if mismatch { Kind::PeerIdentity } else { Kind::Connect }, cause)
+            let stranger = tls::peer_error(&cause).is_some();
+            Error::new(if stranger { Kind::PeerIdentity } else { Kind::Connect }, cause)
         })?;
-        let native = stream.get_ref().1.alpn_protocol() == Some(tls::ALPN_NATIVE);
+        let native = Transport::negotiated(stream.get_ref().1.alpn_protocol()) == Some(Transport::Native);
         let (sender, connection) = http2::Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
             .initial_stream_window_size(STREAM_WINDOW)
@@ -203,7 +202,7 @@ impl MeshPool {
 
     fn count(&self, key: &PeerKey, error: &Error) {
         if error.kind == Kind::PeerIdentity {
-            self.tls.metrics.agent().peer_identity_mismatches.inc();
+            self.tls.metrics.agent().identity_mismatches.inc();
             tracing::warn!(peer = %key.address, expected = %key.peer_identity, %error, "refused a peer");
         } else {
             tracing::debug!(peer = %key.address, %error, "cannot reach the agent beside a workload");

@@ -28,6 +28,12 @@ pub(super) struct Exchange {
     pub(super) line: Option<Box<LogLine>>,
 }
 
+impl Exchange {
+    pub(super) fn begin(line: Option<Box<LogLine>>) -> Arc<Self> {
+        Arc::new(Self { started: Instant::now(), request_bytes: AtomicU64::new(0), line })
+    }
+}
+
 /// The request's part of a line in the access log.
 #[derive(Debug)]
 pub(super) struct LogLine {

@@ -9,12 +9,27 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
+use super::mesh_pool::StreamLease;
+
 /// Either a socket or a stream inside a pooled mTLS connection.
 #[derive(Debug)]
 pub enum Stream {
     Tcp(TcpStream),
     /// An HTTP/2 CONNECT stream (HBONE).
-    Tunnel(Box<TokioIo<Upgraded>>),
+    Tunnel(Box<Tunnel>),
+}
+
+/// A tunnelled stream, and its place on the pooled connection that carries it (`None` on the accepting side).
+#[derive(Debug)]
+pub struct Tunnel {
+    io: TokioIo<Upgraded>,
+    _lease: Option<StreamLease>,
+}
+
+impl Stream {
+    pub(super) fn tunnel(upgraded: Upgraded, lease: Option<StreamLease>) -> Self {
+        Self::Tunnel(Box::new(Tunnel { io: TokioIo::new(upgraded), _lease: lease }))
+    }
 }
 
 macro_rules! either {
@@ -25,7 +40,7 @@ macro_rules! either {
                 $call
             }
             Stream::Tunnel($stream) => {
-                let $stream = Pin::new(&mut **$stream);
+                let $stream = Pin::new(&mut $stream.io);
                 $call
             }
         }
@@ -54,7 +69,7 @@ impl AsyncWrite for Stream {
     fn is_write_vectored(&self) -> bool {
         match self {
             Self::Tcp(stream) => stream.is_write_vectored(),
-            Self::Tunnel(stream) => stream.is_write_vectored(),
+            Self::Tunnel(stream) => stream.io.is_write_vectored(),
         }
     }
 

@@ -1,0 +1,324 @@
+//! The ways into a workload: mTLS on port 15008 (HBONE streams and native requests) and clear text on any other.
+//!
+//! Invariants: whatever the way in, a stream goes through [`stream`] and a request through
+//! [`inbound_http::deliver`], and both through [`admit`]; an address that is not the workload's own is refused;
+//! what could not be delivered is told to the agent that asked, so that it can try elsewhere.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response};
+use hyper::body::Incoming;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+
+use super::body::Body;
+use super::context::{Direction, Listed, Local};
+use super::detect::{Detected, Prefixed};
+use super::error::{Error, Kind};
+use super::inbound_http;
+use super::listener::Accepted;
+use super::recorders::Recorders;
+use super::stream::Stream;
+use super::tcp::Resettable;
+use super::{CONNECT_TIMEOUT, HBONE_PORT, Proxy, failure, headers, reply, serve, session};
+use crate::authz::{self, Verdict};
+use crate::drain::DrainWatcher;
+use crate::metrics::{Peers, Reporter, Security, TcpRecorder};
+use crate::model::{Identity, Protocol, Snapshot};
+use crate::sock;
+use crate::tls;
+
+/// How long a peer may take over its TLS handshake (Envoy's default is 15 s).
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Who asks.
+#[derive(Clone, Debug)]
+pub(super) struct Caller {
+    /// `None` for clear text.
+    pub(super) identity: Option<Identity>,
+    pub(super) client: SocketAddr,
+    /// `x-forwarded-client-cert` for the application.
+    pub(super) xfcc: Option<HeaderValue>,
+    pub(super) recorders: Arc<Recorders>,
+}
+
+impl Caller {
+    pub(super) fn new(identity: Option<Identity>, client: SocketAddr, dest: &Local) -> Self {
+        let xfcc = identity.as_ref().and_then(|identity| {
+            let text = format!("By={};URI={identity}", dest.workload().identity);
+            HeaderValue::try_from(text).ok()
+        });
+        Self { identity, client, xfcc, recorders: Arc::default() }
+    }
+}
+
+pub(super) async fn serve(proxy: Arc<Proxy>, accepted: Accepted) {
+    if accepted.address.port() == HBONE_PORT {
+        mutual_tls(proxy, accepted).await;
+    } else {
+        clear_text(proxy, accepted).await;
+    }
+}
+
+/// Whether the workload's policy lets `caller` in at `port`.
+pub(super) fn admit(proxy: &Proxy, dest: &Local, caller: &Caller, port: u16) -> Result<(), Error> {
+    match authz::check(&dest.workload().mtls, port, caller.identity.as_ref()) {
+        Verdict::Allow => Ok(()),
+        Verdict::Deny(reason) => {
+            proxy.metrics().agent().plaintext_refused.inc();
+            tracing::info!(client = %caller.client, workload = %dest.uid, port, %reason, "refused");
+            Err(Error::new(Kind::Denied, reason.to_string()))
+        }
+    }
+}
+
+/// A connection to the workload's application, which sees `client` as its peer.
+pub(super) async fn connect_app(dest: &Local, to: SocketAddr, client: SocketAddr) -> Result<Stream, Error> {
+    let connect = sock::connect(&*dest.namespace, to, Some(client));
+    let stream = tokio::time::timeout(CONNECT_TIMEOUT, connect).await;
+    let stream = stream.map_err(|cause| Error::new(Kind::Connect, cause))?;
+    stream.map(Stream::Tcp).map_err(|cause| Error::new(Kind::Connect, cause))
+}
+
+/// The recorder of streams into `to`.
+pub(super) fn tcp_recorder(proxy: &Proxy, snapshot: &Snapshot, dest: &Local, caller: &Caller, to: SocketAddr) -> TcpRecorder {
+    let workload = dest.workload();
+    let source = snapshot.workloads_by_address.get(&caller.client.ip().to_canonical());
+    let service = snapshot.target_services.get(&to).and_then(|key| snapshot.services.get(key));
+    proxy.metrics().tcp(&Peers {
+        reporter: Reporter::Destination,
+        source: source.map(|source| &**source),
+        source_identity: caller.identity.as_ref(),
+        destination: Some(&workload),
+        destination_identity: caller.identity.is_some().then_some(&workload.identity),
+        service: service.map(|service| &**service),
+        security: if caller.identity.is_some() { Security::MutualTls } else { Security::None },
+    })
+}
+
+async fn clear_text(proxy: Arc<Proxy>, accepted: Accepted) {
+    let Accepted { stream: socket, peer, address, local, drain } = accepted;
+    let caller = Caller::new(None, peer, &local);
+    if admit(&proxy, &local, &caller, address.port()).is_err() {
+        socket.reset();
+        return;
+    }
+    let listed = proxy.connections.open(Direction::Inbound, &local, peer, address);
+    let pipeline = Pipeline { proxy, local, caller, to: address, listed, drain };
+    pipeline.stream(Prefixed::new(socket), None).await;
+}
+
+async fn mutual_tls(proxy: Arc<Proxy>, accepted: Accepted) {
+    let Accepted { stream: socket, peer, address, local, drain } = accepted;
+    let config = match tls::server_config(&proxy.tls.identities, &local.workload().identity) {
+        Ok(config) => config,
+        Err(error) => {
+            tracing::warn!(%error, workload = %local.uid, "no mTLS");
+            return;
+        }
+    };
+    let handshake = TlsAcceptor::from(config).accept(socket);
+    let stream = match tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake).await {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(error)) => {
+            tracing::debug!(%error, %peer, workload = %local.uid, "TLS handshake failed");
+            return;
+        }
+        Err(_) => return,
+    };
+    let Some(identity) = identity_of(&stream) else { return };
+    let listed = proxy.connections.open(Direction::Inbound, &local, peer, address);
+    let _ = listed.connection.protocol.set("hbone");
+    let _ = listed.connection.peer_identity.set(identity.to_string());
+    let caller = Caller::new(Some(identity), peer, &local);
+    let door = Arc::new(Door { proxy, local, caller, drain: drain.clone(), _listed: listed });
+    serve::http2(stream, drain, move |request| Arc::clone(&door).handle(request)).await;
+}
+
+fn identity_of(stream: &TlsStream<TcpStream>) -> Option<Identity> {
+    tls::peer_identity(stream.get_ref().1.peer_certificates()?)
+}
+
+/// One mTLS connection from another agent.
+struct Door {
+    proxy: Arc<Proxy>,
+    local: Arc<Local>,
+    /// Its client is the other agent; each request and stream names its own.
+    caller: Caller,
+    drain: DrainWatcher,
+    _listed: Listed,
+}
+
+impl Door {
+    async fn handle(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
+        let connect = request.method() == Method::CONNECT;
+        let answered = if connect { self.open_stream(request).await } else { self.request(request).await };
+        answered.unwrap_or_else(|error| reply::error(&error, reply::Audience::Http))
+    }
+
+    /// A native request.
+    async fn request(&self, request: Request<Incoming>) -> Result<Response<Body>, Error> {
+        let (mut parts, body) = request.into_parts();
+        let to = self.own(address(&parts.headers, &headers::DESTINATION)?)?;
+        let caller = self.caller(&parts.headers);
+        let http2 = parts.headers.get(headers::VERSION).is_some_and(|version| version == "2");
+        headers::strip_ours(&mut parts.headers);
+        let request = Request::from_parts(parts, Body::incoming(body));
+        Ok(inbound_http::deliver(&self.proxy, &self.local, &caller, to, (request, http2)).await)
+    }
+
+    /// An HBONE stream. The answer waits for the application where its protocol is not HTTP, so that the other
+    /// agent learns of a failure while it can still go elsewhere.
+    async fn open_stream(&self, request: Request<Incoming>) -> Result<Response<Body>, Error> {
+        let to = request.uri().authority().and_then(|authority| authority.as_str().parse().ok());
+        let to = self.own(to.ok_or_else(|| Error::new(Kind::BadRequest, "CONNECT needs ip:port"))?)?;
+        let caller = self.caller(request.headers());
+        admit(&self.proxy, &self.local, &caller, to.port())?;
+        let app = match self.proxy.store.load().target_protocol(to) {
+            Protocol::Http1 | Protocol::Http2 | Protocol::Grpc => None,
+            Protocol::Detect | Protocol::Tls | Protocol::Tcp => {
+                Some(connect_app(&self.local, to, caller.client).await?)
+            }
+        };
+        let listed = self.proxy.connections.open(Direction::Inbound, &self.local, caller.client, to);
+        if let Some(identity) = &self.caller.identity {
+            let _ = listed.connection.peer_identity.set(identity.to_string());
+        }
+        let pipeline = Pipeline {
+            proxy: Arc::clone(&self.proxy),
+            local: Arc::clone(&self.local),
+            caller,
+            to,
+            listed,
+            drain: self.drain.clone(),
+        };
+        let local = Arc::clone(&self.local);
+        let mut closing = self.drain.clone();
+        tokio::spawn(async move {
+            let serving = async {
+                match hyper::upgrade::on(request).await {
+                    Ok(upgraded) => pipeline.stream(Prefixed::new(Stream::tunnel(upgraded, None)), app).await,
+                    Err(error) => tracing::debug!(%error, "HBONE stream ended before it began"),
+                }
+            };
+            tokio::select! {
+                () = serving => {}
+                () = local.released() => {}
+                () = closing.closing() => {}
+            }
+        });
+        Ok(Response::new(Body::default()))
+    }
+
+    fn caller(&self, headers: &HeaderMap) -> Caller {
+        // Agents of other projects do not say who their client is; then it is the connection's peer.
+        let client = address(headers, &headers::CLIENT).unwrap_or(self.caller.client);
+        Caller { client, ..self.caller.clone() }
+    }
+
+    /// Only the workload's own addresses may be asked for.
+    fn own(&self, to: SocketAddr) -> Result<SocketAddr, Error> {
+        if self.local.workload().addresses.contains(&to.ip().to_canonical()) {
+            Ok(to)
+        } else {
+            Err(Error::new(Kind::BadRequest, format!("{to} is not an address of {}", self.local.uid)))
+        }
+    }
+}
+
+/// One stream into a workload's port, admitted.
+struct Pipeline {
+    proxy: Arc<Proxy>,
+    local: Arc<Local>,
+    caller: Caller,
+    to: SocketAddr,
+    listed: Listed,
+    drain: DrainWatcher,
+}
+
+impl Pipeline {
+    /// `app` is the application's side, where it is open already.
+    async fn stream<S>(self, mut client: Prefixed<S>, app: Option<Stream>)
+    where
+        S: Resettable + AsyncRead + AsyncWrite + Send + 'static,
+    {
+        let protocol = self.proxy.store.load().target_protocol(self.to);
+        let (dest, to, from) = (Arc::clone(&self.local), self.to, self.caller.client);
+        let open = async move {
+            match app {
+                Some(app) => Ok(app),
+                None => connect_app(&dest, to, from).await,
+            }
+        };
+        let opened = match protocol {
+            Protocol::Http1 | Protocol::Http2 | Protocol::Grpc => {
+                match super::detect::sniff(&mut client).await.unwrap_or(Detected::Opaque) {
+                    Detected::Http2 => return self.http(client, true).await,
+                    // What is not HTTP gets hyper's 400.
+                    _ => return self.http(client, false).await,
+                }
+            }
+            Protocol::Tls | Protocol::Tcp => open.await.map(Prefixed::new),
+            Protocol::Detect => {
+                let mut open = Box::pin(open);
+                match session::first(&mut client, &mut open).await {
+                    Ok(session::First::Client(Detected::Http1)) => return self.http(client, false).await,
+                    Ok(session::First::Client(Detected::Http2)) => return self.http(client, true).await,
+                    Ok(session::First::Client(Detected::Tls | Detected::Opaque)) => open.await.map(Prefixed::new),
+                    Ok(session::First::Opaque(server)) => Ok(server),
+                    Err(error) => Err(error),
+                }
+            }
+        };
+        self.opaque(client, opened).await;
+    }
+
+    async fn opaque<S: Resettable>(self, client: Prefixed<S>, app: Result<Prefixed<Stream>, Error>) {
+        let _ = self.listed.connection.protocol.set("tcp");
+        match app {
+            Ok(app) => {
+                let recorder =
+                    tcp_recorder(&self.proxy, &self.proxy.store.load(), &self.local, &self.caller, self.to);
+                session::copy(client, app, &self.listed.connection, vec![recorder]).await;
+            }
+            Err(error) => {
+                tracing::debug!(%error, workload = %self.local.uid, to = %self.to, "cannot deliver a stream");
+                client.reset();
+            }
+        }
+    }
+
+    async fn http<S>(self, client: Prefixed<S>, http2: bool)
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let _ = self.listed.connection.protocol.set(if http2 { "http2" } else { "http1" });
+        let drain = self.drain.clone();
+        let this = Arc::new(self);
+        let handle = move |request| Arc::clone(&this).request(request);
+        if http2 {
+            serve::http2(client, drain, handle).await;
+        } else {
+            serve::http1(client, drain, handle).await;
+        }
+    }
+
+    /// A request on a stream that was opened as such: by a clear-text client, or for an upgrade.
+    async fn request(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
+        let mut response =
+            inbound_http::accept(&self.proxy, &self.local, &self.caller, self.to, request).await;
+        response.headers_mut().remove(failure::FAILURE);
+        response
+    }
+}
+
+fn address(headers: &HeaderMap, name: &HeaderName) -> Result<SocketAddr, Error> {
+    let value = headers.get(name).and_then(|value| value.to_str().ok());
+    value
+        .and_then(|value| value.parse().ok())
+        .ok_or_else(|| Error::new(Kind::BadRequest, format!("{name} is missing or not ip:port")))
+}

@@ -1,0 +1,187 @@
+//! The inbound pipeline for one request: admit, measure, deliver to the application.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use http::header::{self, HeaderMap};
+use http::{Request, Response, Version, request};
+use hyper::body::Incoming;
+
+use super::app_pool::AppKey;
+use super::body::Body;
+use super::context::Local;
+use super::error::Error;
+use super::inbound::{self, Caller};
+use super::record::{Exchange, LogLine, Outcome, Tail};
+use super::recorders::Exchanging;
+use super::{Proxy, headers, reply, upgrade, upstream};
+use crate::metrics::{Flag, HttpRecorder, Peers, Reporter, Security};
+use crate::model::{Protocol, Snapshot};
+use crate::route;
+
+/// A request that arrived on a stream of its own: by a clear-text client, or through a tunnel.
+pub(super) async fn accept(
+    proxy: &Arc<Proxy>,
+    dest: &Arc<Local>,
+    caller: &Caller,
+    to: SocketAddr,
+    request: Request<Incoming>,
+) -> Response<Body> {
+    let (mut parts, body) = request.into_parts();
+    let audience = reply::Audience::of(&parts);
+    let switch = headers::upgrade(&parts);
+    let http2 = match proxy.store.load().target_protocol(to) {
+        Protocol::Http2 | Protocol::Grpc => true,
+        _ => parts.version == Version::HTTP_2,
+    };
+    let fit = headers::from_application(&mut parts, to)
+        .and_then(|()| canonical(&mut parts));
+    if let Err(error) = fit {
+        return reply::error(&error, audience);
+    }
+    match switch {
+        Some(protocol) => upgrade::inbound(proxy, dest, caller, to, (parts, body, protocol)).await,
+        None => {
+            let request = Request::from_parts(parts, Body::incoming(body));
+            deliver(proxy, dest, caller, to, (request, http2)).await
+        }
+    }
+}
+
+/// Brings one path form to routing, policy and application alike.
+pub(super) fn canonical(parts: &mut request::Parts) -> Result<(), Error> {
+    match route::canonical_path(&parts.uri) {
+        Ok(None) => Ok(()),
+        Ok(Some(uri)) => {
+            parts.uri = uri;
+            Ok(())
+        }
+        Err(cause) => Err(Error::new(super::error::Kind::BadRequest, cause)),
+    }
+}
+
+/// Delivers a request to the application at `to`. `http2`: what the application is spoken to in. A failure is
+/// answered here, and announced to the agent that asked.
+pub(super) async fn deliver(
+    proxy: &Arc<Proxy>,
+    dest: &Arc<Local>,
+    caller: &Caller,
+    to: SocketAddr,
+    (request, http2): (Request<Body>, bool),
+) -> Response<Body> {
+    let (mut parts, body) = request.into_parts();
+    let audience = reply::Audience::of(&parts);
+    let measured = Measured::begin(proxy, dest, caller, to, &parts);
+    let sent = match inbound::admit(proxy, dest, caller, to.port()) {
+        Err(error) => Err(error),
+        Ok(()) => {
+            headers::set_client_certificate(&mut parts.headers, caller.xfcc.as_ref());
+            let key = AppKey {
+                from: Arc::clone(&dest.uid),
+                present: Some(caller.client.ip()),
+                to,
+                tunnel: None,
+            };
+            let request = Request::from_parts(parts, body.counted(Arc::clone(&measured.exchange)));
+            let connect = async || inbound::connect_app(dest, to, caller.client).await;
+            upstream::send_app(proxy, key, (request, http2), connect).await
+        }
+    };
+    measured.end(proxy, to, sent, audience)
+}
+
+/// One exchange as this side sees it.
+pub(super) struct Measured {
+    pub(super) exchange: Arc<Exchange>,
+    recorder: Arc<HttpRecorder>,
+    destination: Arc<str>,
+}
+
+impl Measured {
+    pub(super) fn begin(
+        proxy: &Proxy,
+        dest: &Local,
+        caller: &Caller,
+        to: SocketAddr,
+        parts: &request::Parts,
+    ) -> Self {
+        let snapshot = proxy.store.load();
+        let key = Exchanging { inbound: true, one: SocketAddr::new(caller.client.ip(), 0), other: Some(to) };
+        let recorder = caller
+            .recorders
+            .get(snapshot.generation, key, || recorder(proxy, &snapshot, dest, caller, to));
+        let line = proxy.access_log.enabled().then(|| {
+            let peer = caller.identity.as_ref().map_or_else(String::new, ToString::to_string);
+            log_line(parts, caller.client.to_string(), peer)
+        });
+        Self { exchange: Exchange::begin(line), recorder, destination: Arc::clone(&dest.uid) }
+    }
+
+    pub(super) fn end(
+        self,
+        proxy: &Proxy,
+        to: SocketAddr,
+        sent: Result<Response<Body>, Error>,
+        audience: reply::Audience,
+    ) -> Response<Body> {
+        let (response, flag, upstream) = match sent {
+            Ok(response) => (response, Flag::None, Some(to)),
+            Err(error) => {
+                tracing::debug!(%error, workload = %self.destination, %to, "cannot deliver a request");
+                (reply::error(&error, audience), error.answer().1, None)
+            }
+        };
+        let outcome =
+            Outcome { upstream, destination: Some(self.destination), route: None, attempts: 1 };
+        let tail = Tail::new(self.exchange, self.recorder, proxy.access_log.clone(), "destination")
+            .head(response.status(), response.headers(), flag)
+            .to(outcome);
+        response.map(|body| body.measured(tail))
+    }
+}
+
+fn recorder(
+    proxy: &Proxy,
+    snapshot: &Snapshot,
+    dest: &Local,
+    caller: &Caller,
+    to: SocketAddr,
+) -> Arc<HttpRecorder> {
+    let workload = dest.workload();
+    let source = snapshot.workloads_by_address.get(&caller.client.ip().to_canonical());
+    let service = snapshot.target_services.get(&to).and_then(|key| snapshot.services.get(key));
+    proxy.metrics().http(&Peers {
+        reporter: Reporter::Destination,
+        source: source.map(|source| &**source),
+        source_identity: caller.identity.as_ref(),
+        destination: Some(&workload),
+        destination_identity: caller.identity.is_some().then_some(&workload.identity),
+        service: service.map(|service| &**service),
+        security: if caller.identity.is_some() { Security::MutualTls } else { Security::None },
+    })
+}
+
+/// What the access log says of a request's head.
+pub(super) fn log_line(parts: &request::Parts, source: String, peer: String) -> Box<LogLine> {
+    let text = |name: &str| field(&parts.headers, name);
+    Box::new(LogLine {
+        at: SystemTime::now(),
+        method: parts.method.to_string(),
+        authority: parts.uri.authority().map_or_else(|| text(header::HOST.as_str()), ToString::to_string),
+        path: parts.uri.path_and_query().map_or_else(String::new, ToString::to_string),
+        protocol: match parts.version {
+            Version::HTTP_10 => "HTTP/1.0",
+            Version::HTTP_2 => "HTTP/2",
+            _ => "HTTP/1.1",
+        },
+        request_id: text("x-request-id"),
+        user_agent: text(header::USER_AGENT.as_str()),
+        source,
+        peer,
+    })
+}
+
+fn field(headers: &HeaderMap, name: &str) -> String {
+    headers.get(name).map_or_else(String::new, |value| String::from_utf8_lossy(value.as_bytes()).into_owned())
+}

@@ -1,0 +1,74 @@
+//! The accept loop.
+//!
+//! Invariants: an accept that fails for want of descriptors waits instead of spinning; connections of one
+//! workload are bounded; all of them end when the workload is released or the drain's deadline has passed.
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+
+use super::context::Local;
+use crate::drain::DrainWatcher;
+
+/// Connections of one workload at a time, each way; about what one pod's ephemeral ports allow to one server.
+const MAX_CONNECTIONS: usize = 65_536;
+/// How long accepting rests when the process is out of descriptors or memory.
+const BACKOFF: Duration = Duration::from_millis(50);
+
+/// One accepted connection and what it belongs to.
+#[derive(Debug)]
+pub(super) struct Accepted {
+    pub(super) stream: TcpStream,
+    pub(super) peer: SocketAddr,
+    /// `getsockname()` of the accepted socket.
+    pub(super) address: SocketAddr,
+    pub(super) local: Arc<Local>,
+    pub(super) drain: DrainWatcher,
+}
+
+pub(super) async fn accept<F>(
+    listener: TcpListener,
+    local: Arc<Local>,
+    mut drain: DrainWatcher,
+    serve: impl Fn(Accepted) -> F,
+) where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        // The semaphore is never closed.
+        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = drain.draining() => return,
+            () = local.released() => return,
+        };
+        let (stream, peer) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!(%error, workload = %local.uid, "cannot accept");
+                tokio::time::sleep(BACKOFF).await;
+                continue;
+            }
+        };
+        // A peer that is already gone leaves no address behind.
+        let Ok(address) = stream.local_addr() else { continue };
+        let _ = stream.set_nodelay(true);
+        let accepted =
+            Accepted { stream, peer, address, local: Arc::clone(&local), drain: drain.clone() };
+        let (local, mut closing) = (Arc::clone(&local), drain.clone());
+        let served = serve(accepted);
+        tokio::spawn(async move {
+            tokio::select! {
+                () = served => {}
+                () = local.released() => {}
+                () = closing.closing() => {}
+            }
+            drop(permit);
+        });
+    }
+}

@@ -1,0 +1,154 @@
+//! The data path: every captured byte goes through here.
+//!
+//! Outbound: [`outbound`] asks where a connection wanted to go, finds out what it speaks, and either copies it or
+//! serves it as HTTP, each request routed, balanced and tried by [`outbound_http`]. Inbound: whatever way in,
+//! [`inbound`] brings it to one pipeline (detect, authorize, measure, deliver).
+//!
+//! Invariants: no eBPF, no files, no documents here, only the store's snapshot and the [`sock`](crate::sock)
+//! traits; every loop, queue, pool and buffer has a named bound; a panic in one connection ends that one.
+
+mod app_pool;
+mod body;
+mod context;
+mod detect;
+mod error;
+mod failure;
+mod headers;
+mod inbound;
+mod inbound_http;
+mod listener;
+mod mesh_pool;
+mod outbound;
+mod outbound_http;
+mod record;
+mod recorders;
+mod replay;
+mod reply;
+mod serve;
+mod session;
+mod stream;
+mod tcp;
+mod upgrade;
+mod upstream;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+
+pub use context::{Connection, Connections, Direction, Local, Locals, Usage};
+
+use crate::drain::DrainWatcher;
+use crate::identity::Identities;
+use crate::metrics::Metrics;
+use crate::retry::Budget;
+use crate::store::Store;
+use crate::telemetry::AccessLog;
+
+/// Where agents meet (Istio's HBONE port).
+pub const HBONE_PORT: u16 = 15008;
+/// Istio's default `connectTimeout`.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often unused connections are looked for.
+const SWEEP_EVERY: Duration = Duration::from_secs(5);
+
+/// What the proxy is made of.
+#[derive(Debug)]
+pub struct Inputs {
+    pub store: Store,
+    pub identities: Identities,
+    pub metrics: Metrics,
+    pub access_log: AccessLog,
+    pub cluster_domain: Arc<str>,
+}
+
+/// What an mTLS connection needs.
+#[derive(Clone, Debug)]
+pub(crate) struct TlsParts {
+    pub(crate) identities: Identities,
+    pub(crate) metrics: Metrics,
+}
+
+/// The proxy that all workloads of the node share.
+#[derive(Debug)]
+pub struct Proxy {
+    pub(crate) store: Store,
+    tls: TlsParts,
+    access_log: AccessLog,
+    cluster_domain: Arc<str>,
+    pub locals: Locals,
+    pub connections: Connections,
+    apps: app_pool::AppPool,
+    mesh: mesh_pool::MeshPool,
+    retries: Budget,
+    turns: std::sync::atomic::AtomicU64,
+    started: tokio::time::Instant,
+}
+
+impl Proxy {
+    pub fn new(inputs: Inputs) -> Arc<Self> {
+        let tls = TlsParts { identities: inputs.identities, metrics: inputs.metrics };
+        Arc::new(Self {
+            store: inputs.store,
+            tls: tls.clone(),
+            access_log: inputs.access_log,
+            cluster_domain: inputs.cluster_domain,
+            locals: Locals::default(),
+            connections: Connections::default(),
+            apps: app_pool::AppPool::default(),
+            mesh: mesh_pool::MeshPool::new(tls),
+            retries: Budget::new(Duration::ZERO),
+            turns: std::sync::atomic::AtomicU64::new(0),
+            started: tokio::time::Instant::now(),
+        })
+    }
+
+    /// Serves what the workload's applications open, until the workload is released or the agent drains.
+    pub async fn serve_outbound(self: Arc<Self>, local: Arc<Local>, listener: TcpListener, drain: DrainWatcher) {
+        listener::accept(listener, local, drain, move |accepted| outbound::serve(Arc::clone(&self), accepted))
+            .await;
+    }
+
+    /// Serves what comes to the workload from outside, until the workload is released or the agent drains.
+    pub async fn serve_inbound(self: Arc<Self>, local: Arc<Local>, listener: TcpListener, drain: DrainWatcher) {
+        listener::accept(listener, local, drain, move |accepted| inbound::serve(Arc::clone(&self), accepted))
+            .await;
+    }
+
+    /// Keeps house until the agent drains.
+    pub async fn sweep(self: Arc<Self>, mut drain: DrainWatcher) {
+        let mut every = tokio::time::interval(SWEEP_EVERY);
+        loop {
+            tokio::select! {
+                _ = every.tick() => {
+                    self.apps.sweep();
+                    self.mesh.sweep();
+                    let pooled = self.apps.idle() + self.mesh.connections();
+                    self.metrics().agent().pool_connections.set(i64::try_from(pooled).unwrap_or(i64::MAX));
+                }
+                () = drain.draining() => return,
+            }
+        }
+    }
+
+    /// Ends all that is done for a workload that is gone.
+    pub fn forget(&self, local: &Local) {
+        local.release();
+        self.apps.forget(&local.uid);
+        self.mesh.forget(&local.uid);
+    }
+
+    pub(crate) fn metrics(&self) -> &Metrics {
+        &self.tls.metrics
+    }
+
+    /// A number that goes up with each call, for taking turns.
+    fn turn(&self) -> u64 {
+        self.turns.fetch_add(1, std::sync::atomic::Ordering::Relaxed)
+    }
+
+    /// Takes one retry of the node's budget.
+    fn may_retry(&self) -> bool {
+        self.retries.withdraw(self.started.elapsed())
+    }
+}

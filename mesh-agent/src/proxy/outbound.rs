@@ -1,0 +1,272 @@
+//! One captured connection: where did it want to go, what does it speak, and what becomes of it.
+//!
+//! Invariants: a destination that is nobody's we know passes through unchanged; a protocol whose server speaks
+//! first never waits for detection; an application learns of a failure upstream by a reset, as without a proxy.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use http::Request;
+use hyper::body::Incoming;
+use tokio::net::TcpStream;
+
+use super::context::{Direction, Listed, Local};
+use super::detect::{self, Detected, Prefixed};
+use super::error::{Error, Kind};
+use super::listener::Accepted;
+use super::recorders::Recorders;
+use super::stream::Stream;
+use super::tcp::Resettable;
+use super::upstream::{self, Way};
+use super::{Proxy, inbound, outbound_http, serve, session};
+use crate::balance;
+use crate::drain::DrainWatcher;
+use crate::metrics::{Peers, Reporter, Security, TcpRecorder};
+use crate::model::{Destination, Endpoint, Load, LoadBalancing, Protocol, Service, ServiceKey, Snapshot, Workload};
+
+/// Endpoints tried for one opaque connection before it is reset.
+const MAX_TRIES: usize = 3;
+
+pub(super) async fn serve(proxy: Arc<Proxy>, accepted: Accepted) {
+    let Accepted { stream, peer, address, local, drain } = accepted;
+    let Some(original) = local.namespace.original_destination(peer, address) else {
+        tracing::debug!(%peer, workload = %local.uid, "not a captured connection");
+        stream.reset();
+        return;
+    };
+    let listed = proxy.connections.open(Direction::Outbound, &local, peer, original);
+    let target = match proxy.store.load().destination(original) {
+        Destination::Service(service, port) => Target::Service(service.key.clone(), port),
+        Destination::UnknownPort(_) => {
+            stream.reset();
+            return;
+        }
+        Destination::Workload(workload) => Target::Workload(workload),
+        Destination::Unknown => Target::Unknown,
+    };
+    let outbound = Outbound { proxy, local, client: peer, original, target, listed, recorders: Arc::default(), drain };
+    outbound.run(Prefixed::new(stream)).await;
+}
+
+/// What the application dialled.
+#[derive(Clone, Debug)]
+pub(super) enum Target {
+    Service(ServiceKey, u16),
+    Workload(Arc<Workload>),
+    Unknown,
+}
+
+pub(super) struct Outbound {
+    pub(super) proxy: Arc<Proxy>,
+    pub(super) local: Arc<Local>,
+    pub(super) client: SocketAddr,
+    /// The address that was dialled.
+    pub(super) original: SocketAddr,
+    pub(super) target: Target,
+    pub(super) listed: Listed,
+    pub(super) recorders: Arc<Recorders>,
+    drain: DrainWatcher,
+}
+
+/// What a target is at this moment.
+pub(super) struct Candidates {
+    pub(super) service: Option<Arc<Service>>,
+    pub(super) protocol: Protocol,
+    pub(super) balancing: LoadBalancing,
+    pub(super) endpoints: Arc<[Endpoint]>,
+}
+
+impl Outbound {
+    async fn run(self, mut client: Prefixed<TcpStream>) {
+        if matches!(self.target, Target::Unknown) {
+            return self.opaque(client, None).await;
+        }
+        let protocol = self.candidates(&self.proxy.store.load()).protocol;
+        match protocol {
+            Protocol::Tls | Protocol::Tcp => self.opaque(client, None).await,
+            Protocol::Http1 | Protocol::Http2 | Protocol::Grpc => {
+                let http2 = matches!(detect::sniff(&mut client).await, Ok(Detected::Http2));
+                self.http(client, http2).await;
+            }
+            Protocol::Detect => {
+                let mut opening = Box::pin(self.open());
+                let mut opened = None;
+                let first = session::first(&mut client, async {
+                    let (stream, recorders) = (&mut opening).await?;
+                    opened = Some(recorders);
+                    Ok(stream)
+                })
+                .await;
+                drop(opening);
+                match first {
+                    Ok(session::First::Client(Detected::Http1)) => self.http(client, false).await,
+                    Ok(session::First::Client(Detected::Http2)) => self.http(client, true).await,
+                    Ok(session::First::Client(Detected::Tls | Detected::Opaque)) => self.opaque(client, None).await,
+                    Ok(session::First::Opaque(server)) => {
+                        let recorders = opened.unwrap_or_default();
+                        self.opaque(client, Some((server, recorders))).await;
+                    }
+                    Err(error) => self.fail(client, &error),
+                }
+            }
+        }
+    }
+
+    /// The target's endpoints in this snapshot.
+    pub(super) fn candidates(&self, snapshot: &Snapshot) -> Candidates {
+        match &self.target {
+            Target::Service(key, port) => self.of_service(snapshot, key, *port),
+            Target::Workload(workload) => {
+                let current = snapshot.workloads_by_address.get(&self.original.ip().to_canonical());
+                let workload = Arc::clone(current.unwrap_or(workload));
+                let service = snapshot.target_services.get(&self.original);
+                Candidates {
+                    service: service.and_then(|key| snapshot.services.get(key)).cloned(),
+                    protocol: snapshot.target_protocol(self.original),
+                    balancing: LoadBalancing::RoundRobin,
+                    endpoints: [self.endpoint(Some(workload))].into(),
+                }
+            }
+            Target::Unknown => Candidates {
+                service: None,
+                protocol: Protocol::Tcp,
+                balancing: LoadBalancing::RoundRobin,
+                endpoints: [self.endpoint(None)].into(),
+            },
+        }
+    }
+
+    /// A service's port and its endpoints; none when it is gone.
+    pub(super) fn of_service(&self, snapshot: &Snapshot, key: &ServiceKey, port: u16) -> Candidates {
+        let service = snapshot.services.get(key);
+        match service.and_then(|service| service.port(port)) {
+            Some(found) => Candidates {
+                service: service.cloned(),
+                protocol: found.protocol,
+                balancing: found.balancing,
+                endpoints: Arc::clone(&found.endpoints),
+            },
+            None => Candidates {
+                service: service.cloned(),
+                protocol: Protocol::Tcp,
+                balancing: LoadBalancing::RoundRobin,
+                endpoints: [].into(),
+            },
+        }
+    }
+
+    fn endpoint(&self, workload: Option<Arc<Workload>>) -> Endpoint {
+        Endpoint { address: self.original, workload, load: Arc::new(Load::default()) }
+    }
+
+    async fn http(self, client: Prefixed<TcpStream>, http2: bool) {
+        let _ = self.listed.connection.protocol.set(if http2 { "http2" } else { "http1" });
+        let drain = self.drain.clone();
+        let this = Arc::new(self);
+        let handle = move |request: Request<Incoming>| outbound_http::handle(Arc::clone(&this), request);
+        if http2 {
+            serve::http2(client, drain, handle).await;
+        } else {
+            serve::http1(client, drain, handle).await;
+        }
+    }
+
+    async fn opaque(self, client: Prefixed<TcpStream>, opened: Option<(Prefixed<Stream>, Vec<TcpRecorder>)>) {
+        let _ = self.listed.connection.protocol.set("tcp");
+        let opened = match opened {
+            Some(opened) => Ok(opened),
+            None => self.open().await.map(|(stream, recorders)| (Prefixed::new(stream), recorders)),
+        };
+        match opened {
+            Ok((server, recorders)) => {
+                session::copy(client, server, &self.listed.connection, recorders).await;
+            }
+            Err(error) => self.fail(client, &error),
+        }
+    }
+
+    fn fail(self, client: Prefixed<TcpStream>, error: &Error) {
+        tracing::debug!(%error, workload = %self.local.uid, to = %self.original, "cannot reach");
+        client.reset();
+    }
+
+    /// Opens a byte stream to one of the target's endpoints, and says who counts it.
+    async fn open(&self) -> Result<(Stream, Vec<TcpRecorder>), Error> {
+        let snapshot = self.proxy.store.load();
+        let candidates = self.candidates(&snapshot);
+        let source = self.local.workload();
+        let mut tried = Vec::new();
+        let mut last = Error::from(Kind::NoEndpoint);
+        while tried.len() < MAX_TRIES
+            && let Some(endpoint) = self.pick(&candidates, &tried)
+            && !tried.contains(&endpoint.address)
+        {
+            let way = Way::to(&self.proxy, &self.local, &source, endpoint);
+            match self.from(&source).stream(&way, endpoint.address).await {
+                Ok(stream) => {
+                    let service = candidates.service.as_deref();
+                    return Ok((stream, self.tcp_recorders(&snapshot, &way, endpoint, service)));
+                }
+                Err(error) => last = error,
+            }
+            tried.push(endpoint.address);
+        }
+        Err(last)
+    }
+
+    pub(super) fn pick<'a>(&self, from: &'a Candidates, tried: &[SocketAddr]) -> Option<&'a Endpoint> {
+        let turn = match from.balancing {
+            LoadBalancing::RoundRobin => self.proxy.turn(),
+            LoadBalancing::LeastRequest => 0,
+        };
+        balance::pick(&from.endpoints, from.balancing, tried, turn, fastrand::u64(..))
+    }
+
+    pub(super) fn from<'a>(&'a self, source: &'a Workload) -> upstream::From<'a> {
+        upstream::From {
+            proxy: &self.proxy,
+            local: &self.local,
+            source,
+            client: self.client,
+            recorders: &self.recorders,
+        }
+    }
+
+    fn tcp_recorders(
+        &self,
+        snapshot: &Snapshot,
+        way: &Way,
+        endpoint: &Endpoint,
+        service: Option<&Service>,
+    ) -> Vec<TcpRecorder> {
+        let source = self.local.workload();
+        let peers = peers(&source, endpoint, service, way.security());
+        let mut recorders = vec![self.proxy.metrics().tcp(&peers)];
+        if let Way::Local(dest) = way {
+            let caller = self.from(&source).caller(dest);
+            recorders.push(inbound::tcp_recorder(&self.proxy, snapshot, dest, &caller, endpoint.address));
+        }
+        recorders
+    }
+}
+
+/// Who talks to whom, as the client's side reports it.
+pub(super) fn peers<'a>(
+    source: &'a Workload,
+    endpoint: &'a Endpoint,
+    service: Option<&'a Service>,
+    security: Security,
+) -> Peers<'a> {
+    let workload = endpoint.workload.as_deref();
+    Peers {
+        reporter: Reporter::Source,
+        source: Some(source),
+        source_identity: (security == Security::MutualTls).then_some(&source.identity),
+        destination: workload,
+        destination_identity: workload
+            .filter(|_| security == Security::MutualTls)
+            .map(|workload| &workload.identity),
+        service,
+        security,
+    }
+}

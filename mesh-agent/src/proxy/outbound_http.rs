@@ -1,0 +1,307 @@
+//! One request on its way out: route, then try endpoints until one answers, then pass the answer on.
+//!
+//! Invariants: a request takes one snapshot and keeps it; every request is recorded once, whatever becomes of it;
+//! a body is sent again only from the replay buffer, and only while all of it is there.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::{Request, Response, StatusCode, Version, request};
+use http_body::Body as _;
+use hyper::body::Incoming;
+use tokio::time::Instant;
+
+use super::body::Body;
+use super::error::{Error, Kind};
+use super::outbound::{Candidates, Outbound, Target, peers};
+use super::record::{Exchange, Outcome, Tail};
+use super::recorders::Exchanging;
+use super::replay::Replayable;
+use super::upstream::Way;
+use super::{headers, inbound_http, reply, upgrade};
+use crate::metrics::{Flag, HttpRecorder, Peers, Reporter, Security};
+use crate::model::{
+    Backend, Endpoint, HeaderEdits, InFlight, Protocol, RetryPolicy, RouteRule, Snapshot, Timeouts, Workload,
+};
+use crate::retry::{self, Decision, Failure};
+use crate::route;
+
+pub(super) async fn handle(outbound: Arc<Outbound>, request: Request<Incoming>) -> Response<Body> {
+    let (mut parts, body) = request.into_parts();
+    let audience = reply::Audience::of(&parts);
+    let line = outbound.proxy.access_log.enabled().then(|| {
+        let source = outbound.local.workload();
+        inbound_http::log_line(&parts, source.uid(), source.identity.to_string())
+    });
+    let exchange = Exchange::begin(line);
+    outbound.proxy.retries.deposit();
+    let snapshot = outbound.proxy.store.load();
+    let source = outbound.local.workload();
+    let mut tried = Tried::default();
+    let sent = async {
+        let switch = headers::upgrade(&parts);
+        headers::from_application(&mut parts, outbound.original)?;
+        inbound_http::canonical(&mut parts)?;
+        if parts.method == http::Method::CONNECT {
+            return Err(Error::new(Kind::BadRequest, "CONNECT is not for a service"));
+        }
+        let plan = Plan::make(&outbound, &snapshot, &source, &mut parts)?;
+        tried.route = plan.rule.map(|rule| Arc::clone(&rule.name));
+        tried.deadline = plan.timeouts.request.map(|limit| exchange.started + limit);
+        let attempts = Attempts { outbound: &outbound, source: &source, plan: &plan };
+        let answering = async {
+            match switch {
+                Some(protocol) => attempts.switch((parts, body, protocol), &mut tried).await,
+                None => attempts.run(parts, body, &exchange, &mut tried).await,
+            }
+        };
+        let answered = match plan.timeouts.request.map(|limit| exchange.started + limit) {
+            None => answering.await,
+            Some(deadline) => tokio::time::timeout_at(deadline, answering)
+                .await
+                .unwrap_or_else(|_| Err(Kind::RequestTimeout.into())),
+        };
+        answered.map(|mut response| {
+            plan.edit_response(response.headers_mut());
+            (response, plan.candidates)
+        })
+    };
+    let sent = sent.await;
+    finish(&outbound, (&snapshot, &source), exchange, (sent, tried), audience)
+}
+
+/// What was decided for a request before the first try.
+struct Plan<'a> {
+    rule: Option<&'a RouteRule>,
+    backend: Option<&'a Backend>,
+    candidates: Candidates,
+    timeouts: Timeouts,
+    retry: RetryPolicy,
+}
+
+impl<'a> Plan<'a> {
+    fn make(
+        outbound: &Outbound,
+        snapshot: &'a Snapshot,
+        source: &Workload,
+        parts: &mut request::Parts,
+    ) -> Result<Self, Error> {
+        let candidates = outbound.candidates(snapshot);
+        let rules = match &outbound.target {
+            Target::Service(key, port) => {
+                snapshot.service_port(key, *port).map_or(&[][..], |port| port.routes_for(&source.namespace))
+            }
+            Target::Workload(_) | Target::Unknown => &[],
+        };
+        if rules.is_empty() {
+            let (timeouts, retry) = (Timeouts::default(), RetryPolicy::default());
+            return Ok(Self { rule: None, backend: None, candidates, timeouts, retry });
+        }
+        let rule = route::select(rules, parts).ok_or(Kind::NoRoute)?;
+        let backend = route::pick_backend(&rule.backends, fastrand::u64(..)).ok_or(Kind::NoBackend)?;
+        let (key, port) = backend.service.as_ref().ok_or(Kind::NoBackend)?;
+        let candidates = outbound.of_service(snapshot, key, *port);
+        route::apply(&rule.edits.0, &mut parts.headers);
+        route::apply(&backend.edits.0, &mut parts.headers);
+        Ok(Self {
+            rule: Some(rule),
+            backend: Some(backend),
+            candidates,
+            timeouts: rule.timeouts,
+            retry: rule.retry.clone(),
+        })
+    }
+
+    fn edit_response(&self, headers: &mut http::HeaderMap) {
+        let edits: [Option<&HeaderEdits>; 2] =
+            [self.backend.map(|backend| &backend.edits), self.rule.map(|rule| &rule.edits)];
+        for (_, response) in edits.into_iter().flatten() {
+            route::apply(response, headers);
+        }
+    }
+
+    /// What the application is to be spoken to in: what its port says, else what the client speaks.
+    fn http2(&self, client: Version) -> bool {
+        match self.candidates.protocol {
+            Protocol::Http2 | Protocol::Grpc => true,
+            Protocol::Detect | Protocol::Http1 | Protocol::Tls | Protocol::Tcp => client == Version::HTTP_2,
+        }
+    }
+}
+
+/// How far a request got.
+#[derive(Default)]
+struct Tried {
+    addresses: Vec<SocketAddr>,
+    tries: u32,
+    last: Option<(Endpoint, Security)>,
+    in_flight: Option<InFlight>,
+    route: Option<Arc<str>>,
+    deadline: Option<Instant>,
+    exhausted: bool,
+}
+
+struct Attempts<'a> {
+    outbound: &'a Outbound,
+    source: &'a Workload,
+    plan: &'a Plan<'a>,
+}
+
+impl Attempts<'_> {
+    async fn run(
+        &self,
+        parts: request::Parts,
+        body: Incoming,
+        exchange: &Arc<Exchange>,
+        tried: &mut Tried,
+    ) -> Result<Response<Body>, Error> {
+        let http2 = self.plan.http2(parts.version);
+        let replay = (!body.is_end_stream()).then(|| Replayable::new(body));
+        let method = parts.method.clone();
+        loop {
+            let body = match &replay {
+                Some(replay) => Body::replay(replay.start()).counted(Arc::clone(exchange)),
+                None => Body::default(),
+            };
+            let request = Request::from_parts(parts.clone(), body);
+            let result = self.one(request, http2, tried).await;
+            let failure = match &result {
+                Ok(response) => Failure::Status(response.status().as_u16()),
+                Err(error) => failure(error.kind),
+            };
+            let replayable = replay.as_ref().is_none_or(Replayable::is_replayable);
+            match retry::decide(failure, &method, tried.tries, replayable, &self.plan.retry) {
+                Decision::Retry if failure.is_harmless() || self.outbound.proxy.may_retry() => {}
+                Decision::Exhausted => {
+                    tried.exhausted = true;
+                    return result;
+                }
+                Decision::Retry | Decision::Stop => return result,
+            }
+            drop(result);
+            self.outbound.proxy.metrics().agent().retries.inc();
+            let wait = retry::backoff(self.plan.retry.backoff, tried.tries, fastrand::u64(..));
+            // Another endpoint can be asked at once; the same one gets time to recover.
+            if self.plan.candidates.endpoints.len() <= tried.addresses.len() && wait > Duration::ZERO {
+                tokio::time::sleep(wait).await;
+            }
+        }
+    }
+
+    /// One try.
+    async fn one(&self, request: Request<Body>, http2: bool, tried: &mut Tried) -> Result<Response<Body>, Error> {
+        let (endpoint, way) = self.next(tried)?;
+        let from = self.outbound.from(self.source);
+        let sending = from.send(&way, endpoint.address, request, http2);
+        match self.plan.timeouts.per_try {
+            None => sending.await,
+            Some(limit) => tokio::time::timeout(limit, sending)
+                .await
+                .unwrap_or_else(|_| Err(Kind::PerTryTimeout.into())),
+        }
+    }
+
+    /// A request that switches protocols: one try on a connection of its own.
+    async fn switch(&self, switching: upgrade::Switching, tried: &mut Tried) -> Result<Response<Body>, Error> {
+        let (endpoint, way) = self.next(tried)?;
+        let stream = self.outbound.from(self.source).stream(&way, endpoint.address).await?;
+        upgrade::switch(stream, switching, Arc::clone(&self.outbound.local)).await
+    }
+
+    fn next(&self, tried: &mut Tried) -> Result<(Endpoint, Way), Error> {
+        tried.tries += 1;
+        let endpoint = self.outbound.pick(&self.plan.candidates, &tried.addresses).ok_or(Kind::NoEndpoint)?;
+        let way = Way::to(&self.outbound.proxy, &self.outbound.local, self.source, endpoint);
+        tried.addresses.push(endpoint.address);
+        tried.in_flight = Some(endpoint.load.enter());
+        tried.last = Some((endpoint.clone(), way.security()));
+        Ok((endpoint.clone(), way))
+    }
+}
+
+fn failure(kind: Kind) -> Failure {
+    match kind {
+        Kind::Connect | Kind::PeerIdentity | Kind::Overload => Failure::ConnectFailure,
+        Kind::RefusedStream => Failure::RefusedStream,
+        Kind::Reset => Failure::ResetBeforeHeaders,
+        Kind::PerTryTimeout => Failure::PerTryTimeout,
+        Kind::BadRequest
+        | Kind::DownstreamReset
+        | Kind::NoRoute
+        | Kind::NoBackend
+        | Kind::NoEndpoint
+        | Kind::BadResponse
+        | Kind::RequestTimeout
+        | Kind::Denied
+        | Kind::Internal => Failure::Other,
+    }
+}
+
+type Sent<'a> = Result<(Response<Body>, Candidates), Error>;
+
+/// Turns what came of a request into the client's answer, measured to its end.
+fn finish(
+    outbound: &Outbound,
+    (snapshot, source): (&Snapshot, &Workload),
+    exchange: Arc<Exchange>,
+    (sent, tried): (Sent<'_>, Tried),
+    audience: reply::Audience,
+) -> Response<Body> {
+    let (mut response, candidates, flag) = match sent {
+        Ok((response, candidates)) => {
+            let flag = if tried.exhausted { Flag::RetryLimit } else { Flag::None };
+            (response, candidates, flag)
+        }
+        Err(error) => {
+            tracing::debug!(%error, workload = %outbound.local.uid, to = %outbound.original, "request failed");
+            let flag = if tried.exhausted { Flag::RetryLimit } else { error.answer().1 };
+            (reply::error(&error, audience), outbound.candidates(snapshot), flag)
+        }
+    };
+    response.headers_mut().remove(super::failure::FAILURE);
+    let recorder = recorder(outbound, (snapshot, source), &candidates, tried.last.as_ref());
+    let destination = tried.last.as_ref().and_then(|(endpoint, _)| endpoint.workload.as_ref());
+    let outcome = Outcome {
+        upstream: tried.last.as_ref().map(|(endpoint, _)| endpoint.address),
+        destination: destination
+            .filter(|_| exchange.line.is_some())
+            .map(|workload| workload.uid().into()),
+        route: tried.route,
+        attempts: tried.tries,
+    };
+    let tail = Tail::new(exchange, recorder, outbound.proxy.access_log.clone(), "source")
+        .head(response.status(), response.headers(), flag)
+        .to(outcome)
+        .counting(tried.in_flight)
+        .until(tried.deadline.filter(|_| response.status() != StatusCode::SWITCHING_PROTOCOLS));
+    response.map(|body| body.measured(tail))
+}
+
+fn recorder(
+    outbound: &Outbound,
+    (snapshot, source): (&Snapshot, &Workload),
+    candidates: &Candidates,
+    last: Option<&(Endpoint, Security)>,
+) -> Arc<HttpRecorder> {
+    let service = candidates.service.as_deref();
+    let key = Exchanging {
+        inbound: false,
+        one: outbound.original,
+        other: last.map(|(endpoint, _)| endpoint.address),
+    };
+    outbound.recorders.get(snapshot.generation, key, || {
+        outbound.proxy.metrics().http(&match last {
+            Some((endpoint, security)) => peers(source, endpoint, service, *security),
+            None => Peers {
+                reporter: Reporter::Source,
+                source: Some(source),
+                source_identity: None,
+                destination: None,
+                destination_identity: None,
+                service,
+                security: Security::Unknown,
+            },
+        })
+    })
+}

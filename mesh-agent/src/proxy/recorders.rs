@@ -1,0 +1,52 @@
+//! The metric handles that one connection has already looked up.
+//!
+//! Invariant: a handle is used only while the snapshot it was made from is the current one, so labels follow the
+//! documents; looking up takes no lock that another connection could hold.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::metrics::HttpRecorder;
+
+/// Peers that one connection's requests go to at the same time, before all are looked up anew.
+const MAX_KEPT: usize = 64;
+
+#[derive(Debug, Default)]
+pub(super) struct Recorders(Mutex<Kept>);
+
+#[derive(Debug, Default)]
+struct Kept {
+    generation: u64,
+    handles: Vec<(Exchanging, Arc<HttpRecorder>)>,
+}
+
+/// What tells the peers of one connection's requests apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Exchanging {
+    pub(super) inbound: bool,
+    /// The service port dialled, or the client.
+    pub(super) one: SocketAddr,
+    /// The endpoint.
+    pub(super) other: Option<SocketAddr>,
+}
+
+impl Recorders {
+    pub(super) fn get(
+        &self,
+        generation: u64,
+        key: Exchanging,
+        make: impl FnOnce() -> Arc<HttpRecorder>,
+    ) -> Arc<HttpRecorder> {
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.generation != generation || kept.handles.len() >= MAX_KEPT {
+            kept.generation = generation;
+            kept.handles.clear();
+        }
+        if let Some((_, recorder)) = kept.handles.iter().find(|(known, _)| *known == key) {
+            return Arc::clone(recorder);
+        }
+        let recorder = make();
+        kept.handles.push((key, Arc::clone(&recorder)));
+        recorder
+    }
+}

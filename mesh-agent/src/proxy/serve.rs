@@ -1,0 +1,105 @@
+//! Serving HTTP on a stream, whichever version.
+//!
+//! Invariants: a message's head, the number of streams and what a peer may reset are bounded; on drain the
+//! connection says so (`Connection: close`, GOAWAY), finishes what is under way and ends.
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::pin::pin;
+use std::time::Duration;
+
+use http::{Request, Response};
+use hyper::body::Incoming;
+use hyper::server::conn::{http1, http2};
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
+
+use super::body::Body;
+use super::mesh_pool::{CONNECTION_WINDOW, STREAM_WINDOW};
+use crate::drain::DrainWatcher;
+
+/// Bytes of a message's head (Envoy's default is 60 KiB).
+const MAX_HEAD: usize = 64 * 1024;
+/// Fields in a message's head (Envoy's default).
+const MAX_FIELDS: usize = 100;
+/// How long a client may take over a request's head, or leave a kept-alive connection unused.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(300);
+/// Streams that one HTTP/2 client may have open.
+const MAX_STREAMS: u32 = 1024;
+/// Streams that a client reset before we looked at them (CVE-2023-44487).
+const MAX_PENDING_RESETS: usize = 64;
+/// Streams that we had to reset for a client's faults (CVE-2025-8671); far above what cancelled requests cause.
+const MAX_OUR_RESETS: usize = 1024;
+const PING_EVERY: Duration = Duration::from_secs(30);
+const PING_ANSWER: Duration = Duration::from_secs(20);
+
+pub(super) async fn http1<I, F>(io: I, mut drain: DrainWatcher, handle: impl Fn(Request<Incoming>) -> F)
+where
+    I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    F: Future<Output = Response<Body>>,
+{
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .half_close(true)
+        .header_read_timeout(HEAD_TIMEOUT)
+        .max_buf_size(MAX_HEAD)
+        .max_headers(MAX_FIELDS)
+        .serve_connection(
+            TokioIo::new(io),
+            service_fn(|request| {
+                let response = handle(request);
+                async { Ok::<_, Infallible>(response.await) }
+            }),
+        )
+        .with_upgrades();
+    let mut connection = pin!(connection);
+    let ended = tokio::select! {
+        ended = &mut connection => ended,
+        () = drain.draining() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "HTTP/1 connection ended");
+    }
+}
+
+pub(super) async fn http2<I, F>(
+    io: I,
+    mut drain: DrainWatcher,
+    handle: impl Fn(Request<Incoming>) -> F + Clone,
+) where
+    I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    F: Future<Output = Response<Body>> + Send + 'static,
+{
+    let connection = http2::Builder::new(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_concurrent_streams(MAX_STREAMS)
+        .max_header_list_size(u32::try_from(MAX_HEAD).unwrap_or(u32::MAX))
+        .max_pending_accept_reset_streams(MAX_PENDING_RESETS)
+        .max_local_error_reset_streams(MAX_OUR_RESETS)
+        .keep_alive_interval(PING_EVERY)
+        .keep_alive_timeout(PING_ANSWER)
+        .serve_connection(
+            TokioIo::new(io),
+            service_fn(move |request| {
+                let response = handle(request);
+                async { Ok::<_, Infallible>(response.await) }
+            }),
+        );
+    let mut connection = pin!(connection);
+    let ended = tokio::select! {
+        ended = &mut connection => ended,
+        () = drain.draining() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "HTTP/2 connection ended");
+    }
+}

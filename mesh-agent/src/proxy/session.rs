@@ -1,0 +1,114 @@
+//! One opaque connection, copied and measured; and the question who speaks first.
+
+use std::future::Future;
+use std::io;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::io::AsyncRead;
+
+use super::context::Connection;
+use super::detect::{self, Detected, Prefixed};
+use super::error::Error;
+use super::stream::Stream;
+use super::tcp::{self, Resettable};
+use crate::metrics::{Flag, TcpConnection, TcpRecorder};
+
+/// A client that speaks first does so at once; only after this is the other side opened to hear whether it does.
+const HEAD_START: Duration = Duration::from_millis(5);
+/// A client that sent something that could still become HTTP and then waits is not speaking HTTP.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// How often a long connection's bytes reach the metrics.
+const REPORT_EVERY: Duration = Duration::from_secs(5);
+
+/// Who spoke first, and what.
+pub(super) enum First {
+    Client(Detected),
+    /// The protocol is opaque, and this is the other side, opened already.
+    Opaque(Prefixed<Stream>),
+}
+
+/// Finds out what `client` speaks without ever stalling a protocol whose server speaks first: both sides are
+/// listened to, and the first bytes decide.
+pub(super) async fn first<C: AsyncRead + Unpin>(
+    client: &mut Prefixed<C>,
+    open: impl Future<Output = Result<Stream, Error>>,
+) -> Result<First, Error> {
+    if let Ok(detected) = tokio::time::timeout(HEAD_START, detect::sniff(client)).await {
+        return Ok(First::Client(detected.unwrap_or(Detected::Opaque)));
+    }
+    let opened = {
+        let mut open = std::pin::pin!(open);
+        tokio::select! {
+            // What the client has said by now counts before what the server may say.
+            biased;
+            detected = detect::sniff(client) => return Ok(First::Client(detected.unwrap_or(Detected::Opaque))),
+            opened = &mut open => opened?,
+        }
+    };
+    let mut server = Prefixed::new(opened);
+    loop {
+        let waiting = client.has_prefix();
+        tokio::select! {
+            biased;
+            detected = detect::sniff(client) => {
+                return Ok(match detected.unwrap_or(Detected::Opaque) {
+                    Detected::Opaque | Detected::Tls => First::Opaque(server),
+                    http => First::Client(http),
+                });
+            }
+            // Also at an end of stream: it is to be passed on.
+            _ = server.fill() => return Ok(First::Opaque(server)),
+            () = tokio::time::sleep(PATIENCE), if waiting => return Ok(First::Opaque(server)),
+            // A client whose first bytes arrive now starts the wait above.
+            () = tokio::time::sleep(PATIENCE), if !waiting => {}
+        }
+    }
+}
+
+/// Copies until both sides have ended, counting what passes.
+pub(super) async fn copy<A: Resettable, B: Resettable>(
+    client: A,
+    server: B,
+    connection: &Connection,
+    recorders: Vec<TcpRecorder>,
+) {
+    let mut open: Vec<TcpConnection> = recorders.into_iter().map(TcpRecorder::open).collect();
+    let mut reported = (0, 0);
+    let mut report = tokio::time::interval(REPORT_EVERY);
+    let ended = {
+        let mut copying = std::pin::pin!(tcp::copy(client, server, &connection.moved));
+        loop {
+            tokio::select! {
+                ended = &mut copying => break ended,
+                _ = report.tick() => reported = flush(connection, &open, reported),
+            }
+        }
+    };
+    flush(connection, &open, reported);
+    if let Err(error) = ended {
+        let flag = flag(&error);
+        open.iter_mut().for_each(|connection| connection.set_flag(flag));
+        tracing::debug!(%error, peer = %connection.peer, destination = %connection.destination, "connection broke");
+    }
+}
+
+/// Adds what was moved since `reported`.
+fn flush(connection: &Connection, open: &[TcpConnection], reported: (u64, u64)) -> (u64, u64) {
+    let now = (
+        connection.moved.sent.load(Ordering::Relaxed),
+        connection.moved.received.load(Ordering::Relaxed),
+    );
+    for recorded in open {
+        recorded.add_received(now.0 - reported.0);
+        recorded.add_sent(now.1 - reported.1);
+    }
+    now
+}
+
+fn flag(error: &io::Error) -> Flag {
+    match error.kind() {
+        io::ErrorKind::TimedOut => Flag::IdleTimeout,
+        _ => Flag::UpstreamReset,
+    }
+}

@@ -1,0 +1,91 @@
+//! Requests that switch protocols (WebSocket and others): a connection of their own, byte for byte after 101.
+//!
+//! Invariant: nothing the client sends reaches the application as tunnel bytes before the application has
+//! answered 101; any other answer is an ordinary response.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use http::header::{self, HeaderValue};
+use http::{Request, Response, StatusCode, request};
+use hyper::body::Incoming;
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
+
+use super::body::Body;
+use super::context::Local;
+use super::error::{Error, Kind};
+use super::inbound::{self, Caller};
+use super::inbound_http::Measured;
+use super::stream::Stream;
+use super::{Proxy, failure, headers, reply};
+
+/// A request's head, its body (which hyper ties the switch to), and the protocol asked for.
+pub(super) type Switching = (request::Parts, Incoming, HeaderValue);
+
+/// The application's side of a switch.
+pub(super) async fn inbound(
+    proxy: &Arc<Proxy>,
+    dest: &Arc<Local>,
+    caller: &Caller,
+    to: SocketAddr,
+    (mut parts, body, protocol): Switching,
+) -> Response<Body> {
+    let audience = reply::Audience::of(&parts);
+    let measured = Measured::begin(proxy, dest, caller, to, &parts);
+    headers::set_client_certificate(&mut parts.headers, caller.xfcc.as_ref());
+    let sent = async {
+        inbound::admit(proxy, dest, caller, to.port())?;
+        let stream = inbound::connect_app(dest, to, caller.client).await?;
+        switch(stream, (parts, body, protocol), Arc::clone(dest)).await
+    };
+    let sent = sent.await;
+    measured.end(proxy, to, sent, audience)
+}
+
+/// Sends the request over `stream`; after a 101 the bytes of both sides are copied until both end.
+pub(super) async fn switch(
+    stream: Stream,
+    (mut parts, body, protocol): Switching,
+    local: Arc<Local>,
+) -> Result<Response<Body>, Error> {
+    let (mut sender, connection) = http1::Builder::new()
+        .handshake(TokioIo::new(stream))
+        .await
+        .map_err(|cause| Error::new(Kind::Connect, cause))?;
+    tokio::spawn(async move {
+        let _ = connection.with_upgrades().await;
+    });
+    let client = parts.extensions.remove::<hyper::upgrade::OnUpgrade>();
+    headers::origin_form(&mut parts);
+    parts.headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+    parts.headers.insert(header::UPGRADE, protocol);
+    let request = Request::from_parts(parts, Body::incoming(body));
+    let mut response = sender.send_request(request).await.map_err(failure::of_http)?;
+    if response.status() != StatusCode::SWITCHING_PROTOCOLS {
+        headers::strip_hop_by_hop(response.headers_mut());
+        return Ok(response.map(Body::incoming));
+    }
+    let client = client.ok_or_else(|| Error::new(Kind::BadRequest, "this connection cannot switch protocols"))?;
+    let server = hyper::upgrade::on(&mut response);
+    tokio::spawn(async move {
+        let copying = async {
+            if let Ok((client, server)) = tokio::try_join!(client, server) {
+                let (mut client, mut server) = (TokioIo::new(client), TokioIo::new(server));
+                let _ = tokio::io::copy_bidirectional(&mut client, &mut server).await;
+            }
+        };
+        tokio::select! {
+            () = copying => {}
+            () = local.released() => {}
+        }
+    });
+    let switched = response.headers().get(header::UPGRADE).cloned();
+    let (mut parts, _) = response.into_parts();
+    headers::strip_hop_by_hop(&mut parts.headers);
+    parts.headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+    if let Some(protocol) = switched {
+        parts.headers.insert(header::UPGRADE, protocol);
+    }
+    Ok(Response::from_parts(parts, Body::default()))
+}

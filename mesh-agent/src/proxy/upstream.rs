@@ -1,0 +1,222 @@
+//! How an endpoint is reached, and reaching it.
+//!
+//! Invariant: a workload that the snapshot says is meshed is reached over mTLS or, on the same node, through the
+//! same inbound pipeline; never in clear text because something else failed.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use http::{HeaderValue, Method, Request, Response, Uri, Version};
+
+use super::app_pool::AppKey;
+use super::body::{Body, Held};
+use super::context::Local;
+use super::error::{Error, Kind};
+use super::headers;
+use super::inbound::{self, Caller};
+use super::mesh_pool::PeerKey;
+use super::recorders::Recorders;
+use super::stream::Stream;
+use super::{CONNECT_TIMEOUT, Proxy, failure, inbound_http};
+use crate::metrics::Security;
+use crate::model::{Endpoint, MtlsMode, Workload};
+use crate::sock;
+
+/// How an endpoint is reached.
+#[derive(Debug)]
+pub(super) enum Way {
+    /// It is on this node: its pipeline is called directly.
+    Local(Arc<Local>),
+    /// Through the agent beside it.
+    Mesh(Box<PeerKey>),
+    /// Nobody stands before it.
+    Clear,
+}
+
+impl Way {
+    pub(super) fn to(proxy: &Proxy, from: &Local, source: &Workload, endpoint: &Endpoint) -> Self {
+        let Some(workload) = endpoint.workload.as_deref().filter(|workload| workload.meshed) else {
+            return Self::Clear;
+        };
+        if workload.mtls.mode(endpoint.address.port()) == MtlsMode::Disable {
+            return Self::Clear;
+        }
+        if let Some(local) = proxy.locals.get(endpoint.address.ip()) {
+            return Self::Local(local);
+        }
+        Self::Mesh(Box::new(PeerKey {
+            source: Arc::clone(&from.uid),
+            source_identity: source.identity.clone(),
+            peer_identity: workload.identity.clone(),
+            address: endpoint.address.ip(),
+        }))
+    }
+
+    pub(super) fn security(&self) -> Security {
+        match self {
+            Self::Local(_) | Self::Mesh(_) => Security::MutualTls,
+            Self::Clear => Security::None,
+        }
+    }
+}
+
+/// One side of an exchange: who asks, from where.
+#[derive(Debug)]
+pub(super) struct From<'a> {
+    pub(super) proxy: &'a Arc<Proxy>,
+    pub(super) local: &'a Arc<Local>,
+    pub(super) source: &'a Workload,
+    /// The client socket's own address.
+    pub(super) client: SocketAddr,
+    pub(super) recorders: &'a Arc<Recorders>,
+}
+
+impl From<'_> {
+    /// A byte stream to `to`.
+    pub(super) async fn stream(&self, way: &Way, to: SocketAddr) -> Result<Stream, Error> {
+        match way {
+            Way::Local(dest) => {
+                let caller = self.caller(dest);
+                inbound::admit(self.proxy, dest, &caller, to.port())?;
+                inbound::connect_app(dest, to, caller.client).await
+            }
+            Way::Mesh(key) => self.tunnel(key, to).await,
+            Way::Clear => {
+                let connect = sock::connect(&*self.local.namespace, to, None);
+                let stream = tokio::time::timeout(CONNECT_TIMEOUT, connect).await;
+                let stream = stream.map_err(|cause| Error::new(Kind::Connect, cause))?;
+                stream.map(Stream::Tcp).map_err(|cause| Error::new(Kind::Connect, cause))
+            }
+        }
+    }
+
+    /// One try of one request. `http2`: what the application is to be spoken to in.
+    pub(super) async fn send(
+        &self,
+        way: &Way,
+        to: SocketAddr,
+        request: Request<Body>,
+        http2: bool,
+    ) -> Result<Response<Body>, Error> {
+        match way {
+            Way::Local(dest) => {
+                let caller = self.caller(dest);
+                let response = inbound_http::deliver(self.proxy, dest, &caller, to, (request, http2)).await;
+                checked(response).map(|response| response.map(Body::nested))
+            }
+            Way::Mesh(key) => self.send_mesh(key, to, request, http2).await,
+            Way::Clear => {
+                let key = AppKey { from: Arc::clone(&self.local.uid), present: None, to, tunnel: None };
+                send_app(self.proxy, key, (request, http2), async || self.stream(&Way::Clear, to).await).await
+            }
+        }
+    }
+
+    async fn send_mesh(
+        &self,
+        key: &PeerKey,
+        to: SocketAddr,
+        request: Request<Body>,
+        http2: bool,
+    ) -> Result<Response<Body>, Error> {
+        let mut request = request;
+        // A connection that turns out to be closed when used gave the request back: one more may be newer.
+        let mut fresh = false;
+        loop {
+            let lease = self.proxy.mesh.stream(key, &*self.local.namespace).await?;
+            if !lease.native() {
+                drop(lease);
+                let tunnel = Some((key.source_identity.clone(), key.peer_identity.clone()));
+                let key_in = AppKey { from: Arc::clone(&self.local.uid), present: None, to, tunnel };
+                let connect = async || self.tunnel(key, to).await;
+                return send_app(self.proxy, key_in, (request, http2), connect).await;
+            }
+            self.sign(&mut request, to, http2)?;
+            match lease.send(request).await {
+                Ok(response) => {
+                    let response = response.map(|body| Body::incoming(body).holding(Held::Mesh(lease)));
+                    return checked(response);
+                }
+                Err((_, Some(unsent))) if !fresh => {
+                    request = unsent;
+                    fresh = true;
+                }
+                Err((error, _)) => return Err(error),
+            }
+        }
+    }
+
+    /// Says to the agent beside the server what it cannot see.
+    fn sign(&self, request: &mut Request<Body>, to: SocketAddr, http2: bool) -> Result<(), Error> {
+        let value = |address: SocketAddr| {
+            HeaderValue::from_str(&address.to_string()).map_err(|cause| Error::new(Kind::Internal, cause))
+        };
+        let headers = request.headers_mut();
+        headers.insert(headers::DESTINATION, value(to)?);
+        headers.insert(headers::CLIENT, value(self.client)?);
+        headers.insert(headers::VERSION, HeaderValue::from_static(if http2 { "2" } else { "1.1" }));
+        *request.version_mut() = Version::HTTP_2;
+        Ok(())
+    }
+
+    /// An HBONE stream.
+    async fn tunnel(&self, key: &PeerKey, to: SocketAddr) -> Result<Stream, Error> {
+        let lease = self.proxy.mesh.stream(key, &*self.local.namespace).await?;
+        let authority = Uri::try_from(to.to_string()).map_err(|cause| Error::new(Kind::Internal, cause))?;
+        let mut request = Request::new(Body::default());
+        *request.method_mut() = Method::CONNECT;
+        *request.uri_mut() = authority;
+        *request.version_mut() = Version::HTTP_2;
+        if let Ok(client) = HeaderValue::from_str(&self.client.to_string()) {
+            request.headers_mut().insert(headers::CLIENT, client);
+        }
+        let sent = tokio::time::timeout(CONNECT_TIMEOUT, lease.send(request)).await;
+        let sent = sent.map_err(|cause| Error::new(Kind::Connect, cause))?;
+        let response = sent.map_err(|(error, _)| Error::new(Kind::Connect, error))?;
+        if let Some(kind) = failure::announced(response.headers()) {
+            return Err(kind.into());
+        }
+        if !response.status().is_success() {
+            return Err(Error::new(Kind::Connect, format!("the peer's agent answered {}", response.status())));
+        }
+        let upgraded = hyper::upgrade::on(response).await;
+        let upgraded = upgraded.map_err(|cause| Error::new(Kind::Connect, cause))?;
+        Ok(Stream::tunnel(upgraded, Some(lease)))
+    }
+
+    pub(super) fn caller(&self, dest: &Local) -> Caller {
+        let caller = Caller::new(Some(self.source.identity.clone()), self.client, dest);
+        Caller { recorders: Arc::clone(self.recorders), ..caller }
+    }
+}
+
+/// Sends a request over a connection to an application.
+pub(super) async fn send_app(
+    proxy: &Proxy,
+    key: AppKey,
+    (request, http2): (Request<Body>, bool),
+    connect: impl AsyncFnOnce() -> Result<Stream, Error>,
+) -> Result<Response<Body>, Error> {
+    let (mut parts, body) = request.into_parts();
+    let mut response = if http2 {
+        parts.version = Version::HTTP_2;
+        proxy.apps.send_http2(key, Request::from_parts(parts, body), connect).await?
+    } else {
+        headers::origin_form(&mut parts);
+        proxy.apps.send_http1(key, Request::from_parts(parts, body), connect).await?
+    };
+    headers::strip_hop_by_hop(response.headers_mut());
+    response.headers_mut().remove(failure::FAILURE);
+    Ok(response)
+}
+
+/// A response that the agent beside the server made because it could not deliver is a failed try.
+fn checked(mut response: Response<Body>) -> Result<Response<Body>, Error> {
+    match failure::announced(response.headers()) {
+        Some(kind) => Err(kind.into()),
+        None => {
+            response.headers_mut().remove(failure::FAILURE);
+            Ok(response)
+        }
+    }
+}
