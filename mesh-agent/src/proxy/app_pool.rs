@@ -114,7 +114,12 @@ impl AppPool {
         connect: impl AsyncFnOnce() -> Result<Stream, Error>,
     ) -> Result<Response<Body>, Error> {
         let mut request = request;
-        let shared = self.lock().shared.get(&key).filter(|sender| !sender.is_closed()).cloned();
+        let shared = self
+            .lock()
+            .shared
+            .get(&key)
+            .filter(|sender| !sender.is_closed())
+            .cloned();
         if let Some(mut sender) = shared {
             match sender.try_send_request(request).await {
                 Ok(response) => return Ok(response.map(Body::incoming)),
@@ -178,7 +183,11 @@ impl AppPool {
         sender: http1::SendRequest<Body>,
         response: Response<hyper::body::Incoming>,
     ) -> Response<Body> {
-        let lease = Lease { pool: self.clone(), key, sender };
+        let lease = Lease {
+            pool: self.clone(),
+            key,
+            sender,
+        };
         response.map(|body| Body::incoming(body).holding(Held::App(lease)))
     }
 

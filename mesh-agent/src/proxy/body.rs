@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
-use http_body::{Frame, SizeHint};
+use http_body::{Body as _, Frame, SizeHint};
 use hyper::body::Incoming;
 
 use super::app_pool::Lease;
@@ -21,7 +21,7 @@ pub(super) type BodyError = Box<dyn std::error::Error + Send + Sync>;
 
 /// A request's or response's body.
 #[derive(Debug, Default)]
-pub struct Body {
+pub(super) struct Body {
     source: Source,
     watch: Watch,
     held: Held,
@@ -61,19 +61,19 @@ pub(super) enum Held {
 
 impl Body {
     pub(super) fn full(bytes: impl Into<Bytes>) -> Self {
-        Self { source: Source::Full(bytes.into()), ..Self::default() }
+        Self::of(Source::Full(bytes.into()))
     }
 
     pub(super) fn incoming(body: Incoming) -> Self {
-        Self { source: Source::Incoming(body), ..Self::default() }
+        Self::of(Source::Incoming(body))
     }
 
     pub(super) fn replay(body: Replay) -> Self {
-        Self { source: Source::Replay(body), ..Self::default() }
+        Self::of(Source::Replay(body))
     }
 
     pub(super) fn nested(body: Self) -> Self {
-        Self { source: Source::Nested(Box::new(body)), ..Self::default() }
+        Self::of(Source::Nested(Box::new(body)))
     }
 
     pub(super) fn counted(mut self, exchange: Arc<Exchange>) -> Self {
@@ -89,6 +89,14 @@ impl Body {
     pub(super) fn holding(mut self, held: Held) -> Self {
         self.held = held;
         self
+    }
+
+    fn of(source: Source) -> Self {
+        Self {
+            source,
+            watch: Watch::Nobody,
+            held: Held::Nothing,
+        }
     }
 
     fn poll_source(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
@@ -135,7 +143,9 @@ impl http_body::Body for Body {
         match (&frame, &mut self.watch) {
             (Some(Ok(frame)), Watch::Request(exchange)) => {
                 if let Some(data) = frame.data_ref() {
-                    exchange.request_bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
+                    exchange
+                        .request_bytes
+                        .fetch_add(data.len() as u64, Ordering::Relaxed);
                 }
             }
             (Some(Ok(frame)), Watch::Response(tail)) => tail.passed(frame),
@@ -144,7 +154,7 @@ impl http_body::Body for Body {
         }
         let last = match &frame {
             None => true,
-            Some(Ok(_)) => http_body::Body::is_end_stream(&*self),
+            Some(Ok(_)) => self.is_end_stream(),
             Some(Err(_)) => {
                 self.held = Held::Nothing;
                 false
@@ -180,7 +190,7 @@ impl http_body::Body for Body {
 impl Drop for Body {
     /// A body that is never polled because it is empty has ended all the same.
     fn drop(&mut self) {
-        if http_body::Body::is_end_stream(self) {
+        if self.is_end_stream() {
             self.ended();
         }
     }

@@ -97,7 +97,17 @@ pub struct Connection {
     /// Known after detection.
     pub protocol: OnceLock<&'static str>,
     pub peer_identity: OnceLock<String>,
-    pub moved: Moved,
+    pub(super) moved: Moved,
+}
+
+impl Connection {
+    /// Bytes from the client and to the client, for opaque connections.
+    pub fn moved(&self) -> (u64, u64) {
+        (
+            self.moved.sent.load(Ordering::Relaxed),
+            self.moved.received.load(Ordering::Relaxed),
+        )
+    }
 }
 
 /// All open connections.
@@ -112,8 +122,8 @@ struct Registry {
 
 /// Keeps a connection listed.
 #[derive(Debug)]
-pub struct Listed {
-    pub connection: Arc<Connection>,
+pub(super) struct Listed {
+    pub(super) connection: Arc<Connection>,
     id: u64,
     registry: Arc<Registry>,
     local: Arc<Local>,
@@ -140,7 +150,12 @@ impl Connections {
         let id = self.0.next.fetch_add(1, Ordering::Relaxed);
         self.0.lock().insert(id, Arc::clone(&connection));
         local.usage.connections.fetch_add(1, Ordering::Relaxed);
-        Listed { connection, id, registry: Arc::clone(&self.0), local: Arc::clone(local) }
+        Listed {
+            connection,
+            id,
+            registry: Arc::clone(&self.0),
+            local: Arc::clone(local),
+        }
     }
 
     pub fn list(&self) -> Vec<Arc<Connection>> {

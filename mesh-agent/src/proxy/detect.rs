@@ -7,18 +7,18 @@ use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 
 /// The longest request line that detection waits for (Envoy's inspector stops at the same).
-pub const MAX_SNIFF: usize = 8 * 1024;
+pub(super) const MAX_SNIFF: usize = 8 * 1024;
 
 const H2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// The longest method in the IANA registry is 17 bytes; longer is no HTTP that anybody speaks.
 const MAX_METHOD: usize = 32;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Detected {
+pub(super) enum Detected {
     Http1,
     Http2,
     Tls,
@@ -27,7 +27,7 @@ pub enum Detected {
 }
 
 /// Says what `bytes` begin, or `None` while they could still become HTTP.
-pub fn classify(bytes: &[u8]) -> Option<Detected> {
+pub(super) fn classify(bytes: &[u8]) -> Option<Detected> {
     let first = *bytes.first()?;
     if first == 0x16 {
         // A TLS handshake record: type 22, then version 3.x.
@@ -62,7 +62,11 @@ fn classify_http1(bytes: &[u8]) -> Option<Detected> {
         && method.iter().all(|b| is_token(*b))
         && rest.len() >= b"* HTTP/1.1".len()
         && rest[..rest.len() - 1].ends_with(b" HTTP/1.");
-    Some(if is_http { Detected::Http1 } else { Detected::Opaque })
+    Some(if is_http {
+        Detected::Http1
+    } else {
+        Detected::Opaque
+    })
 }
 
 /// RFC 9110, section 5.6.2.
@@ -71,7 +75,7 @@ fn is_token(byte: u8) -> bool {
 }
 
 /// Reads until the protocol is known. An end of stream decides for [`Detected::Opaque`].
-pub async fn sniff<S: AsyncRead + Unpin>(stream: &mut Prefixed<S>) -> io::Result<Detected> {
+pub(super) async fn sniff<S: AsyncRead + Unpin>(stream: &mut Prefixed<S>) -> io::Result<Detected> {
     loop {
         if let Some(detected) = classify(&stream.prefix) {
             return Ok(detected);
@@ -84,36 +88,31 @@ pub async fn sniff<S: AsyncRead + Unpin>(stream: &mut Prefixed<S>) -> io::Result
 
 /// A stream with bytes that were already read from it.
 #[derive(Debug)]
-pub struct Prefixed<S> {
+pub(super) struct Prefixed<S> {
     prefix: BytesMut,
     stream: S,
 }
 
 impl<S> Prefixed<S> {
-    pub fn new(stream: S) -> Self {
-        Self { prefix: BytesMut::new(), stream }
+    pub(super) fn new(stream: S) -> Self {
+        Self {
+            prefix: BytesMut::new(),
+            stream,
+        }
     }
 
-    pub fn with(prefix: Bytes, stream: S) -> Self {
-        Self { prefix: prefix.into(), stream }
-    }
-
-    pub fn get_ref(&self) -> &S {
-        &self.stream
-    }
-
-    pub fn into_inner(self) -> S {
+    pub(super) fn into_inner(self) -> S {
         self.stream
     }
 
-    pub fn has_prefix(&self) -> bool {
+    pub(super) fn has_prefix(&self) -> bool {
         !self.prefix.is_empty()
     }
 }
 
 impl<S: AsyncRead + Unpin> Prefixed<S> {
     /// Reads some more into the prefix. Cancel safe.
-    pub async fn fill(&mut self) -> io::Result<usize> {
+    pub(super) async fn fill(&mut self) -> io::Result<usize> {
         const STEP: usize = 2048;
         self.prefix.reserve(STEP);
         self.stream.read_buf(&mut self.prefix).await

@@ -1,4 +1,4 @@
-//! What can go wrong between an application and its peer, whose fault it was, and what the client gets.
+//! What can go wrong between an application and its peer, and what the client gets.
 //!
 //! Invariant: one exhaustive match maps every kind to a status and a response flag; nothing is looked up by text.
 
@@ -12,13 +12,13 @@ type Cause = Box<dyn std::error::Error + Send + Sync>;
 
 /// A request or connection that did not succeed.
 #[derive(Debug)]
-pub struct Error {
-    pub kind: Kind,
+pub(super) struct Error {
+    pub(super) kind: Kind,
     cause: Option<Cause>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub(super) enum Kind {
     /// The client sent what no proxy may pass on.
     BadRequest,
     /// The client went away or broke its stream.
@@ -51,36 +51,16 @@ pub enum Kind {
     Internal,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fault {
-    Downstream,
-    Upstream,
-    Internal,
-}
-
 impl Error {
-    pub fn new(kind: Kind, cause: impl Into<Cause>) -> Self {
-        Self { kind, cause: Some(cause.into()) }
-    }
-
-    pub fn fault(&self) -> Fault {
-        match self.kind {
-            Kind::BadRequest | Kind::DownstreamReset | Kind::NoRoute | Kind::Denied => Fault::Downstream,
-            Kind::NoBackend
-            | Kind::NoEndpoint
-            | Kind::Connect
-            | Kind::PeerIdentity
-            | Kind::RefusedStream
-            | Kind::Reset
-            | Kind::BadResponse
-            | Kind::PerTryTimeout
-            | Kind::RequestTimeout => Fault::Upstream,
-            Kind::Overload | Kind::Internal => Fault::Internal,
+    pub(super) fn new(kind: Kind, cause: impl Into<Cause>) -> Self {
+        Self {
+            kind,
+            cause: Some(cause.into()),
         }
     }
 
     /// What the client gets, and the flag in metrics and logs (Envoy's statuses and flags).
-    pub fn answer(&self) -> (StatusCode, Flag) {
+    pub(super) fn answer(&self) -> (StatusCode, Flag) {
         match self.kind {
             Kind::BadRequest => (StatusCode::BAD_REQUEST, Flag::DownstreamProtocol),
             Kind::DownstreamReset => (StatusCode::BAD_REQUEST, Flag::DownstreamReset),

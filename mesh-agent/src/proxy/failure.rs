@@ -40,7 +40,11 @@ pub(super) fn of_http(error: hyper::Error) -> Error {
     let kind = if let Some(h2) = find::<h2::Error>(&error) {
         let unprocessed = h2.reason() == Some(h2::Reason::REFUSED_STREAM)
             || (h2.is_go_away() && h2.is_remote() && h2.reason() == Some(h2::Reason::NO_ERROR));
-        if unprocessed { Kind::RefusedStream } else { Kind::Reset }
+        if unprocessed {
+            Kind::RefusedStream
+        } else {
+            Kind::Reset
+        }
     } else if error.is_user() {
         // The request's body broke off: that is the client's doing.
         Kind::DownstreamReset
@@ -52,7 +56,7 @@ pub(super) fn of_http(error: hyper::Error) -> Error {
     Error::new(kind, error)
 }
 
-fn find<E: std::error::Error + 'static>(error: &(dyn std::error::Error + 'static)) -> Option<&E> {
+fn find<'a, E: std::error::Error + 'static>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a E> {
     let mut source = error.source();
     while let Some(cause) = source {
         if let Some(found) = cause.downcast_ref() {

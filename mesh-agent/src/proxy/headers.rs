@@ -48,7 +48,9 @@ pub(super) fn from_application(parts: &mut request::Parts, fallback: SocketAddr)
         parts.headers.insert(REQUEST_ID, request_id());
     }
     if !parts.headers.contains_key(FORWARDED_PROTO) {
-        parts.headers.insert(FORWARDED_PROTO, HeaderValue::from_static("http"));
+        parts
+            .headers
+            .insert(FORWARDED_PROTO, HeaderValue::from_static("http"));
     }
     Ok(())
 }
@@ -94,10 +96,13 @@ pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
 pub(super) fn upgrade(parts: &request::Parts) -> Option<HeaderValue> {
     let asks = parts.version == Version::HTTP_11
         && parts.headers.get_all(header::CONNECTION).iter().any(|value| {
-            value.to_str().is_ok_and(|v| v.split(',').any(|t| t.trim().eq_ignore_ascii_case("upgrade")))
+            value
+                .to_str()
+                .is_ok_and(|v| v.split(',').any(|t| t.trim().eq_ignore_ascii_case("upgrade")))
         });
     // `h2c` is not an upgrade to pass on: a client that is answered 200 stays with HTTP/1.1 (RFC 9113, 3.1).
-    asks.then(|| parts.headers.get(header::UPGRADE).cloned())?.filter(|to| !to.as_bytes().starts_with(b"h2c"))
+    asks.then(|| parts.headers.get(header::UPGRADE).cloned())?
+        .filter(|to| !to.as_bytes().starts_with(b"h2c"))
 }
 
 /// The form an HTTP/1.1 origin server reads: a path, and `Host`.
@@ -108,7 +113,11 @@ pub(super) fn origin_form(parts: &mut request::Parts) {
         parts.headers.insert(header::HOST, host);
     }
     join_cookies(&mut parts.headers);
-    let path = parts.uri.path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
+    let path = parts
+        .uri
+        .path_and_query()
+        .cloned()
+        .unwrap_or_else(|| PathAndQuery::from_static("/"));
     parts.uri = if parts.method == Method::OPTIONS && path.as_str() == "*" {
         Uri::from_static("*")
     } else {
@@ -123,7 +132,11 @@ fn join_cookies(headers: &mut HeaderMap) {
     if cookies.next().is_none() || cookies.next().is_none() {
         return;
     }
-    let lines: Vec<&[u8]> = headers.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes).collect();
+    let lines: Vec<&[u8]> = headers
+        .get_all(header::COOKIE)
+        .iter()
+        .map(HeaderValue::as_bytes)
+        .collect();
     if let Ok(joined) = HeaderValue::from_bytes(&lines.join(&b"; "[..])) {
         headers.insert(header::COOKIE, joined);
     }
@@ -132,7 +145,10 @@ fn join_cookies(headers: &mut HeaderMap) {
 /// The form that routing reads and HTTP/2 sends: scheme, authority, path.
 fn absolute(parts: &mut request::Parts, fallback: SocketAddr) -> Result<(), Error> {
     let mut hosts = parts.headers.get_all(header::HOST).iter();
-    let host = hosts.next().map(|host| Authority::try_from(host.as_bytes())).transpose();
+    let host = hosts
+        .next()
+        .map(|host| Authority::try_from(host.as_bytes()))
+        .transpose();
     let host = host.map_err(|cause| Error::new(Kind::BadRequest, cause))?;
     if hosts.next().is_some() {
         return Err(Error::new(Kind::BadRequest, "more than one Host"));
@@ -141,8 +157,9 @@ fn absolute(parts: &mut request::Parts, fallback: SocketAddr) -> Result<(), Erro
         // RFC 9112, section 3.2.2: the absolute form wins over Host.
         (Some(authority), _) => authority.clone(),
         (None, Some(host)) => host,
-        (None, None) if parts.version == Version::HTTP_10 => Authority::try_from(fallback.to_string())
-            .map_err(|cause| Error::new(Kind::Internal, cause))?,
+        (None, None) if parts.version == Version::HTTP_10 => {
+            Authority::try_from(fallback.to_string()).map_err(|cause| Error::new(Kind::Internal, cause))?
+        }
         (None, None) => return Err(Error::new(Kind::BadRequest, "no Host")),
     };
     if authority.as_str().contains('@') {

@@ -52,7 +52,12 @@ impl Caller {
             let text = format!("By={};URI={identity}", dest.workload().identity);
             HeaderValue::try_from(text).ok()
         });
-        Self { identity, client, xfcc, recorders: Arc::default() }
+        Self {
+            identity,
+            client,
+            xfcc,
+            recorders: Arc::default(),
+        }
     }
 }
 
@@ -81,14 +86,27 @@ pub(super) async fn connect_app(dest: &Local, to: SocketAddr, client: SocketAddr
     let connect = sock::connect(&*dest.namespace, to, Some(client));
     let stream = tokio::time::timeout(CONNECT_TIMEOUT, connect).await;
     let stream = stream.map_err(|cause| Error::new(Kind::Connect, cause))?;
-    stream.map(Stream::Tcp).map_err(|cause| Error::new(Kind::Connect, cause))
+    stream
+        .map(Stream::Tcp)
+        .map_err(|cause| Error::new(Kind::Connect, cause))
 }
 
 /// The recorder of streams into `to`.
-pub(super) fn tcp_recorder(proxy: &Proxy, snapshot: &Snapshot, dest: &Local, caller: &Caller, to: SocketAddr) -> TcpRecorder {
+pub(super) fn tcp_recorder(
+    proxy: &Proxy,
+    snapshot: &Snapshot,
+    dest: &Local,
+    caller: &Caller,
+    to: SocketAddr,
+) -> TcpRecorder {
     let workload = dest.workload();
-    let source = snapshot.workloads_by_address.get(&caller.client.ip().to_canonical());
-    let service = snapshot.target_services.get(&to).and_then(|key| snapshot.services.get(key));
+    let source = snapshot
+        .workloads_by_address
+        .get(&caller.client.ip().to_canonical());
+    let service = snapshot
+        .target_services
+        .get(&to)
+        .and_then(|key| snapshot.services.get(key));
     proxy.metrics().tcp(&Peers {
         reporter: Reporter::Destination,
         source: source.map(|source| &**source),
@@ -96,24 +114,47 @@ pub(super) fn tcp_recorder(proxy: &Proxy, snapshot: &Snapshot, dest: &Local, cal
         destination: Some(&workload),
         destination_identity: caller.identity.is_some().then_some(&workload.identity),
         service: service.map(|service| &**service),
-        security: if caller.identity.is_some() { Security::MutualTls } else { Security::None },
+        security: if caller.identity.is_some() {
+            Security::MutualTls
+        } else {
+            Security::None
+        },
     })
 }
 
 async fn clear_text(proxy: Arc<Proxy>, accepted: Accepted) {
-    let Accepted { stream: socket, peer, address, local, drain } = accepted;
+    let Accepted {
+        stream: socket,
+        peer,
+        address,
+        local,
+        drain,
+    } = accepted;
     let caller = Caller::new(None, peer, &local);
     if admit(&proxy, &local, &caller, address.port()).is_err() {
         socket.reset();
         return;
     }
     let listed = proxy.connections.open(Direction::Inbound, &local, peer, address);
-    let pipeline = Pipeline { proxy, local, caller, to: address, listed, drain };
+    let pipeline = Pipeline {
+        proxy,
+        local,
+        caller,
+        to: address,
+        listed,
+        drain,
+    };
     pipeline.stream(Prefixed::new(socket), None).await;
 }
 
 async fn mutual_tls(proxy: Arc<Proxy>, accepted: Accepted) {
-    let Accepted { stream: socket, peer, address, local, drain } = accepted;
+    let Accepted {
+        stream: socket,
+        peer,
+        address,
+        local,
+        drain,
+    } = accepted;
     let config = match tls::server_config(&proxy.tls.identities, &local.workload().identity) {
         Ok(config) => config,
         Err(error) => {
@@ -130,12 +171,20 @@ async fn mutual_tls(proxy: Arc<Proxy>, accepted: Accepted) {
         }
         Err(_) => return,
     };
-    let Some(identity) = identity_of(&stream) else { return };
+    let Some(identity) = identity_of(&stream) else {
+        return;
+    };
     let listed = proxy.connections.open(Direction::Inbound, &local, peer, address);
     let _ = listed.connection.protocol.set("hbone");
     let _ = listed.connection.peer_identity.set(identity.to_string());
     let caller = Caller::new(Some(identity), peer, &local);
-    let door = Arc::new(Door { proxy, local, caller, drain: drain.clone(), _listed: listed });
+    let door = Arc::new(Door {
+        proxy,
+        local,
+        caller,
+        drain: drain.clone(),
+        _listed: listed,
+    });
     serve::http2(stream, drain, move |request| Arc::clone(&door).handle(request)).await;
 }
 
@@ -156,7 +205,11 @@ struct Door {
 impl Door {
     async fn handle(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
         let connect = request.method() == Method::CONNECT;
-        let answered = if connect { self.open_stream(request).await } else { self.request(request).await };
+        let answered = if connect {
+            self.open_stream(request).await
+        } else {
+            self.request(request).await
+        };
         answered.unwrap_or_else(|error| reply::error(&error, reply::Audience::Http))
     }
 
@@ -165,7 +218,10 @@ impl Door {
         let (mut parts, body) = request.into_parts();
         let to = self.own(address(&parts.headers, &headers::DESTINATION)?)?;
         let caller = self.caller(&parts.headers);
-        let http2 = parts.headers.get(headers::VERSION).is_some_and(|version| version == "2");
+        let http2 = parts
+            .headers
+            .get(headers::VERSION)
+            .is_some_and(|version| version == "2");
         headers::strip_ours(&mut parts.headers);
         let request = Request::from_parts(parts, Body::incoming(body));
         Ok(inbound_http::deliver(&self.proxy, &self.local, &caller, to, (request, http2)).await)
@@ -174,7 +230,10 @@ impl Door {
     /// An HBONE stream. The answer waits for the application where its protocol is not HTTP, so that the other
     /// agent learns of a failure while it can still go elsewhere.
     async fn open_stream(&self, request: Request<Incoming>) -> Result<Response<Body>, Error> {
-        let to = request.uri().authority().and_then(|authority| authority.as_str().parse().ok());
+        let to = request
+            .uri()
+            .authority()
+            .and_then(|authority| authority.as_str().parse().ok());
         let to = self.own(to.ok_or_else(|| Error::new(Kind::BadRequest, "CONNECT needs ip:port"))?)?;
         let caller = self.caller(request.headers());
         admit(&self.proxy, &self.local, &caller, to.port())?;
@@ -184,7 +243,10 @@ impl Door {
                 Some(connect_app(&self.local, to, caller.client).await?)
             }
         };
-        let listed = self.proxy.connections.open(Direction::Inbound, &self.local, caller.client, to);
+        let listed = self
+            .proxy
+            .connections
+            .open(Direction::Inbound, &self.local, caller.client, to);
         if let Some(identity) = &self.caller.identity {
             let _ = listed.connection.peer_identity.set(identity.to_string());
         }
@@ -201,7 +263,11 @@ impl Door {
         tokio::spawn(async move {
             let serving = async {
                 match hyper::upgrade::on(request).await {
-                    Ok(upgraded) => pipeline.stream(Prefixed::new(Stream::tunnel(upgraded, None)), app).await,
+                    Ok(upgraded) => {
+                        pipeline
+                            .stream(Prefixed::new(Stream::tunnel(upgraded, None)), app)
+                            .await
+                    }
                     Err(error) => tracing::debug!(%error, "HBONE stream ended before it began"),
                 }
             };
@@ -217,7 +283,10 @@ impl Door {
     fn caller(&self, headers: &HeaderMap) -> Caller {
         // Agents of other projects do not say who their client is; then it is the connection's peer.
         let client = address(headers, &headers::CLIENT).unwrap_or(self.caller.client);
-        Caller { client, ..self.caller.clone() }
+        Caller {
+            client,
+            ..self.caller.clone()
+        }
     }
 
     /// Only the workload's own addresses may be asked for.
@@ -225,7 +294,10 @@ impl Door {
         if self.local.workload().addresses.contains(&to.ip().to_canonical()) {
             Ok(to)
         } else {
-            Err(Error::new(Kind::BadRequest, format!("{to} is not an address of {}", self.local.uid)))
+            Err(Error::new(
+                Kind::BadRequest,
+                format!("{to} is not an address of {}", self.local.uid),
+            ))
         }
     }
 }
@@ -256,7 +328,10 @@ impl Pipeline {
         };
         let opened = match protocol {
             Protocol::Http1 | Protocol::Http2 | Protocol::Grpc => {
-                match super::detect::sniff(&mut client).await.unwrap_or(Detected::Opaque) {
+                match super::detect::sniff(&mut client)
+                    .await
+                    .unwrap_or(Detected::Opaque)
+                {
                     Detected::Http2 => return self.http(client, true).await,
                     // What is not HTTP gets hyper's 400.
                     _ => return self.http(client, false).await,
@@ -268,7 +343,9 @@ impl Pipeline {
                 match session::first(&mut client, &mut open).await {
                     Ok(session::First::Client(Detected::Http1)) => return self.http(client, false).await,
                     Ok(session::First::Client(Detected::Http2)) => return self.http(client, true).await,
-                    Ok(session::First::Client(Detected::Tls | Detected::Opaque)) => open.await.map(Prefixed::new),
+                    Ok(session::First::Client(Detected::Tls | Detected::Opaque)) => {
+                        open.await.map(Prefixed::new)
+                    }
                     Ok(session::First::Opaque(server)) => Ok(server),
                     Err(error) => Err(error),
                 }
@@ -281,8 +358,13 @@ impl Pipeline {
         let _ = self.listed.connection.protocol.set("tcp");
         match app {
             Ok(app) => {
-                let recorder =
-                    tcp_recorder(&self.proxy, &self.proxy.store.load(), &self.local, &self.caller, self.to);
+                let recorder = tcp_recorder(
+                    &self.proxy,
+                    &self.proxy.store.load(),
+                    &self.local,
+                    &self.caller,
+                    self.to,
+                );
                 session::copy(client, app, &self.listed.connection, vec![recorder]).await;
             }
             Err(error) => {
@@ -296,7 +378,11 @@ impl Pipeline {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let _ = self.listed.connection.protocol.set(if http2 { "http2" } else { "http1" });
+        let _ = self
+            .listed
+            .connection
+            .protocol
+            .set(if http2 { "http2" } else { "http1" });
         let drain = self.drain.clone();
         let this = Arc::new(self);
         let handle = move |request| Arc::clone(&this).request(request);

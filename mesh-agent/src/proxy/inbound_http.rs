@@ -35,8 +35,7 @@ pub(super) async fn accept(
         Protocol::Http2 | Protocol::Grpc => true,
         _ => parts.version == Version::HTTP_2,
     };
-    let fit = headers::from_application(&mut parts, to)
-        .and_then(|()| canonical(&mut parts));
+    let fit = headers::from_application(&mut parts, to).and_then(|()| canonical(&mut parts));
     if let Err(error) = fit {
         return reply::error(&error, audience);
     }
@@ -107,15 +106,26 @@ impl Measured {
         parts: &request::Parts,
     ) -> Self {
         let snapshot = proxy.store.load();
-        let key = Exchanging { inbound: true, one: SocketAddr::new(caller.client.ip(), 0), other: Some(to) };
-        let recorder = caller
-            .recorders
-            .get(snapshot.generation, key, || recorder(proxy, &snapshot, dest, caller, to));
+        let key = Exchanging {
+            inbound: true,
+            one: SocketAddr::new(caller.client.ip(), 0),
+            other: Some(to),
+        };
+        let recorder = caller.recorders.get(snapshot.generation, key, || {
+            recorder(proxy, &snapshot, dest, caller, to)
+        });
         let line = proxy.access_log.enabled().then(|| {
-            let peer = caller.identity.as_ref().map_or_else(String::new, ToString::to_string);
+            let peer = caller
+                .identity
+                .as_ref()
+                .map_or_else(String::new, ToString::to_string);
             log_line(parts, caller.client.to_string(), peer)
         });
-        Self { exchange: Exchange::begin(line), recorder, destination: Arc::clone(&dest.uid) }
+        Self {
+            exchange: Exchange::begin(line),
+            recorder,
+            destination: Arc::clone(&dest.uid),
+        }
     }
 
     pub(super) fn end(
@@ -132,11 +142,20 @@ impl Measured {
                 (reply::error(&error, audience), error.answer().1, None)
             }
         };
-        let outcome =
-            Outcome { upstream, destination: Some(self.destination), route: None, attempts: 1 };
-        let tail = Tail::new(self.exchange, self.recorder, proxy.access_log.clone(), "destination")
-            .head(response.status(), response.headers(), flag)
-            .to(outcome);
+        let outcome = Outcome {
+            upstream,
+            destination: Some(self.destination),
+            route: None,
+            attempts: 1,
+        };
+        let tail = Tail::new(
+            self.exchange,
+            self.recorder,
+            proxy.access_log.clone(),
+            "destination",
+        )
+        .head(response.status(), response.headers(), flag)
+        .to(outcome);
         response.map(|body| body.measured(tail))
     }
 }
@@ -149,8 +168,13 @@ fn recorder(
     to: SocketAddr,
 ) -> Arc<HttpRecorder> {
     let workload = dest.workload();
-    let source = snapshot.workloads_by_address.get(&caller.client.ip().to_canonical());
-    let service = snapshot.target_services.get(&to).and_then(|key| snapshot.services.get(key));
+    let source = snapshot
+        .workloads_by_address
+        .get(&caller.client.ip().to_canonical());
+    let service = snapshot
+        .target_services
+        .get(&to)
+        .and_then(|key| snapshot.services.get(key));
     proxy.metrics().http(&Peers {
         reporter: Reporter::Destination,
         source: source.map(|source| &**source),
@@ -158,7 +182,11 @@ fn recorder(
         destination: Some(&workload),
         destination_identity: caller.identity.is_some().then_some(&workload.identity),
         service: service.map(|service| &**service),
-        security: if caller.identity.is_some() { Security::MutualTls } else { Security::None },
+        security: if caller.identity.is_some() {
+            Security::MutualTls
+        } else {
+            Security::None
+        },
     })
 }
 
@@ -168,8 +196,14 @@ pub(super) fn log_line(parts: &request::Parts, source: String, peer: String) -> 
     Box::new(LogLine {
         at: SystemTime::now(),
         method: parts.method.to_string(),
-        authority: parts.uri.authority().map_or_else(|| text(header::HOST.as_str()), ToString::to_string),
-        path: parts.uri.path_and_query().map_or_else(String::new, ToString::to_string),
+        authority: parts
+            .uri
+            .authority()
+            .map_or_else(|| text(header::HOST.as_str()), ToString::to_string),
+        path: parts
+            .uri
+            .path_and_query()
+            .map_or_else(String::new, ToString::to_string),
         protocol: match parts.version {
             Version::HTTP_10 => "HTTP/1.0",
             Version::HTTP_2 => "HTTP/2",
@@ -183,5 +217,7 @@ pub(super) fn log_line(parts: &request::Parts, source: String, peer: String) -> 
 }
 
 fn field(headers: &HeaderMap, name: &str) -> String {
-    headers.get(name).map_or_else(String::new, |value| String::from_utf8_lossy(value.as_bytes()).into_owned())
+    headers.get(name).map_or_else(String::new, |value| {
+        String::from_utf8_lossy(value.as_bytes()).into_owned()
+    })
 }

@@ -41,7 +41,9 @@ pub(super) async fn accept<F>(
     let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         // The semaphore is never closed.
-        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
+        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else {
+            return;
+        };
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             () = drain.draining() => return,
@@ -56,10 +58,17 @@ pub(super) async fn accept<F>(
             }
         };
         // A peer that is already gone leaves no address behind.
-        let Ok(address) = stream.local_addr() else { continue };
+        let Ok(address) = stream.local_addr() else {
+            continue;
+        };
         let _ = stream.set_nodelay(true);
-        let accepted =
-            Accepted { stream, peer, address, local: Arc::clone(&local), drain: drain.clone() };
+        let accepted = Accepted {
+            stream,
+            peer,
+            address,
+            local: Arc::clone(&local),
+            drain: drain.clone(),
+        };
         let (local, mut closing) = (Arc::clone(&local), drain.clone());
         let served = serve(accepted);
         tokio::spawn(async move {

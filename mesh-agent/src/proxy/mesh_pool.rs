@@ -73,13 +73,17 @@ pub(super) struct StreamLease(Arc<Connection>);
 
 impl std::fmt::Debug for StreamLease {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("StreamLease").field("native", &self.0.native).finish_non_exhaustive()
+        f.debug_struct("StreamLease")
+            .field("native", &self.0.native)
+            .finish_non_exhaustive()
     }
 }
 
 impl std::fmt::Debug for MeshPool {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("MeshPool").field("peers", &lock(&self.peers).len()).finish_non_exhaustive()
+        f.debug_struct("MeshPool")
+            .field("peers", &lock(&self.peers).len())
+            .finish_non_exhaustive()
     }
 }
 
@@ -112,11 +116,18 @@ impl Drop for StreamLease {
 
 impl MeshPool {
     pub(super) fn new(tls: TlsParts) -> Self {
-        Self { peers: Mutex::default(), tls }
+        Self {
+            peers: Mutex::default(),
+            tls,
+        }
     }
 
     /// A stream to the agent beside `key.address`, over a connection that is there or a new one.
-    pub(super) async fn stream(&self, key: &PeerKey, namespace: &dyn Namespace) -> Result<StreamLease, Error> {
+    pub(super) async fn stream(
+        &self,
+        key: &PeerKey,
+        namespace: &dyn Namespace,
+    ) -> Result<StreamLease, Error> {
         let peer = {
             let mut peers = lock(&self.peers);
             match peers.get(key) {
@@ -129,7 +140,11 @@ impl MeshPool {
         }
         let _connecting = peer.connecting.lock().await;
         let enough = lock(&peer.connections).len() >= CONNECTIONS_PER_PEER;
-        let limit = if enough { usize::MAX } else { STREAMS_PER_CONNECTION };
+        let limit = if enough {
+            usize::MAX
+        } else {
+            STREAMS_PER_CONNECTION
+        };
         if let Some(lease) = peer.lease(limit) {
             return Ok(lease);
         }
@@ -164,19 +179,34 @@ impl MeshPool {
     }
 
     pub(super) fn connections(&self) -> usize {
-        lock(&self.peers).values().map(|peer| lock(&peer.connections).len()).sum()
+        lock(&self.peers)
+            .values()
+            .map(|peer| lock(&peer.connections).len())
+            .sum()
     }
 
     async fn connect(&self, key: &PeerKey, namespace: &dyn Namespace) -> Result<Connection, Error> {
         let config = tls::client_config(&self.tls.identities, &key.source_identity, &key.peer_identity)
             .map_err(|cause| Error::new(Kind::Internal, cause))?;
         let to = SocketAddr::new(key.address, HBONE_PORT);
-        let stream = sock::connect(namespace, to, None).await.map_err(|cause| Error::new(Kind::Connect, cause))?;
+        let stream = sock::connect(namespace, to, None)
+            .await
+            .map_err(|cause| Error::new(Kind::Connect, cause))?;
         let name = tls::server_name(key.address);
-        let stream = TlsConnector::from(config).connect(name, stream).await.map_err(|cause| {
-            let stranger = tls::peer_error(&cause).is_some();
-            Error::new(if stranger { Kind::PeerIdentity } else { Kind::Connect }, cause)
-        })?;
+        let stream = TlsConnector::from(config)
+            .connect(name, stream)
+            .await
+            .map_err(|cause| {
+                let stranger = tls::peer_error(&cause).is_some();
+                Error::new(
+                    if stranger {
+                        Kind::PeerIdentity
+                    } else {
+                        Kind::Connect
+                    },
+                    cause,
+                )
+            })?;
         let native = Transport::negotiated(stream.get_ref().1.alpn_protocol()) == Some(Transport::Native);
         let (sender, connection) = http2::Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
@@ -215,7 +245,9 @@ impl Peer {
     fn lease(&self, limit: usize) -> Option<StreamLease> {
         let mut connections = lock(&self.connections);
         connections.retain(|connection| !connection.sender.is_closed());
-        let connection = connections.iter().min_by_key(|c| c.streams.load(Ordering::Relaxed))?;
+        let connection = connections
+            .iter()
+            .min_by_key(|c| c.streams.load(Ordering::Relaxed))?;
         if connection.streams.load(Ordering::Relaxed) >= limit {
             return None;
         }

@@ -87,7 +87,10 @@ pub struct Proxy {
 
 impl Proxy {
     pub fn new(inputs: Inputs) -> Arc<Self> {
-        let tls = TlsParts { identities: inputs.identities, metrics: inputs.metrics };
+        let tls = TlsParts {
+            identities: inputs.identities,
+            metrics: inputs.metrics,
+        };
         Arc::new(Self {
             store: inputs.store,
             tls: tls.clone(),
@@ -104,15 +107,29 @@ impl Proxy {
     }
 
     /// Serves what the workload's applications open, until the workload is released or the agent drains.
-    pub async fn serve_outbound(self: Arc<Self>, local: Arc<Local>, listener: TcpListener, drain: DrainWatcher) {
-        listener::accept(listener, local, drain, move |accepted| outbound::serve(Arc::clone(&self), accepted))
-            .await;
+    pub async fn serve_outbound(
+        self: Arc<Self>,
+        local: Arc<Local>,
+        listener: TcpListener,
+        drain: DrainWatcher,
+    ) {
+        listener::accept(listener, local, drain, move |accepted| {
+            outbound::serve(Arc::clone(&self), accepted)
+        })
+        .await;
     }
 
     /// Serves what comes to the workload from outside, until the workload is released or the agent drains.
-    pub async fn serve_inbound(self: Arc<Self>, local: Arc<Local>, listener: TcpListener, drain: DrainWatcher) {
-        listener::accept(listener, local, drain, move |accepted| inbound::serve(Arc::clone(&self), accepted))
-            .await;
+    pub async fn serve_inbound(
+        self: Arc<Self>,
+        local: Arc<Local>,
+        listener: TcpListener,
+        drain: DrainWatcher,
+    ) {
+        listener::accept(listener, local, drain, move |accepted| {
+            inbound::serve(Arc::clone(&self), accepted)
+        })
+        .await;
     }
 
     /// Keeps house until the agent drains.

@@ -22,19 +22,29 @@ use super::{Proxy, inbound, outbound_http, serve, session};
 use crate::balance;
 use crate::drain::DrainWatcher;
 use crate::metrics::{Peers, Reporter, Security, TcpRecorder};
-use crate::model::{Destination, Endpoint, Load, LoadBalancing, Protocol, Service, ServiceKey, Snapshot, Workload};
+use crate::model::{
+    Destination, Endpoint, Load, LoadBalancing, Protocol, Service, ServiceKey, Snapshot, Workload,
+};
 
 /// Endpoints tried for one opaque connection before it is reset.
 const MAX_TRIES: usize = 3;
 
 pub(super) async fn serve(proxy: Arc<Proxy>, accepted: Accepted) {
-    let Accepted { stream, peer, address, local, drain } = accepted;
+    let Accepted {
+        stream,
+        peer,
+        address,
+        local,
+        drain,
+    } = accepted;
     let Some(original) = local.namespace.original_destination(peer, address) else {
         tracing::debug!(%peer, workload = %local.uid, "not a captured connection");
         stream.reset();
         return;
     };
-    let listed = proxy.connections.open(Direction::Outbound, &local, peer, original);
+    let listed = proxy
+        .connections
+        .open(Direction::Outbound, &local, peer, original);
     let target = match proxy.store.load().destination(original) {
         Destination::Service(service, port) => Target::Service(service.key.clone(), port),
         Destination::UnknownPort(_) => {
@@ -44,7 +54,16 @@ pub(super) async fn serve(proxy: Arc<Proxy>, accepted: Accepted) {
         Destination::Workload(workload) => Target::Workload(workload),
         Destination::Unknown => Target::Unknown,
     };
-    let outbound = Outbound { proxy, local, client: peer, original, target, listed, recorders: Arc::default(), drain };
+    let outbound = Outbound {
+        proxy,
+        local,
+        client: peer,
+        original,
+        target,
+        listed,
+        recorders: Arc::default(),
+        drain,
+    };
     outbound.run(Prefixed::new(stream)).await;
 }
 
@@ -101,7 +120,9 @@ impl Outbound {
                 match first {
                     Ok(session::First::Client(Detected::Http1)) => self.http(client, false).await,
                     Ok(session::First::Client(Detected::Http2)) => self.http(client, true).await,
-                    Ok(session::First::Client(Detected::Tls | Detected::Opaque)) => self.opaque(client, None).await,
+                    Ok(session::First::Client(Detected::Tls | Detected::Opaque)) => {
+                        self.opaque(client, None).await
+                    }
                     Ok(session::First::Opaque(server)) => {
                         let recorders = opened.unwrap_or_default();
                         self.opaque(client, Some((server, recorders))).await;
@@ -117,7 +138,9 @@ impl Outbound {
         match &self.target {
             Target::Service(key, port) => self.of_service(snapshot, key, *port),
             Target::Workload(workload) => {
-                let current = snapshot.workloads_by_address.get(&self.original.ip().to_canonical());
+                let current = snapshot
+                    .workloads_by_address
+                    .get(&self.original.ip().to_canonical());
                 let workload = Arc::clone(current.unwrap_or(workload));
                 let service = snapshot.target_services.get(&self.original);
                 Candidates {
@@ -156,11 +179,19 @@ impl Outbound {
     }
 
     fn endpoint(&self, workload: Option<Arc<Workload>>) -> Endpoint {
-        Endpoint { address: self.original, workload, load: Arc::new(Load::default()) }
+        Endpoint {
+            address: self.original,
+            workload,
+            load: Arc::new(Load::default()),
+        }
     }
 
     async fn http(self, client: Prefixed<TcpStream>, http2: bool) {
-        let _ = self.listed.connection.protocol.set(if http2 { "http2" } else { "http1" });
+        let _ = self
+            .listed
+            .connection
+            .protocol
+            .set(if http2 { "http2" } else { "http1" });
         let drain = self.drain.clone();
         let this = Arc::new(self);
         let handle = move |request: Request<Incoming>| outbound_http::handle(Arc::clone(&this), request);
@@ -175,7 +206,10 @@ impl Outbound {
         let _ = self.listed.connection.protocol.set("tcp");
         let opened = match opened {
             Some(opened) => Ok(opened),
-            None => self.open().await.map(|(stream, recorders)| (Prefixed::new(stream), recorders)),
+            None => self
+                .open()
+                .await
+                .map(|(stream, recorders)| (Prefixed::new(stream), recorders)),
         };
         match opened {
             Ok((server, recorders)) => {
@@ -244,7 +278,13 @@ impl Outbound {
         let mut recorders = vec![self.proxy.metrics().tcp(&peers)];
         if let Way::Local(dest) = way {
             let caller = self.from(&source).caller(dest);
-            recorders.push(inbound::tcp_recorder(&self.proxy, snapshot, dest, &caller, endpoint.address));
+            recorders.push(inbound::tcp_recorder(
+                &self.proxy,
+                snapshot,
+                dest,
+                &caller,
+                endpoint.address,
+            ));
         }
         recorders
     }

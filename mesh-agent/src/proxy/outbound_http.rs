@@ -49,7 +49,11 @@ pub(super) async fn handle(outbound: Arc<Outbound>, request: Request<Incoming>) 
         let plan = Plan::make(&outbound, &snapshot, &source, &mut parts)?;
         tried.route = plan.rule.map(|rule| Arc::clone(&rule.name));
         tried.deadline = plan.timeouts.request.map(|limit| exchange.started + limit);
-        let attempts = Attempts { outbound: &outbound, source: &source, plan: &plan };
+        let attempts = Attempts {
+            outbound: &outbound,
+            source: &source,
+            plan: &plan,
+        };
         let answering = async {
             match switch {
                 Some(protocol) => attempts.switch((parts, body, protocol), &mut tried).await,
@@ -89,14 +93,20 @@ impl<'a> Plan<'a> {
     ) -> Result<Self, Error> {
         let candidates = outbound.candidates(snapshot);
         let rules = match &outbound.target {
-            Target::Service(key, port) => {
-                snapshot.service_port(key, *port).map_or(&[][..], |port| port.routes_for(&source.namespace))
-            }
+            Target::Service(key, port) => snapshot
+                .service_port(key, *port)
+                .map_or(&[][..], |port| port.routes_for(&source.namespace)),
             Target::Workload(_) | Target::Unknown => &[],
         };
         if rules.is_empty() {
             let (timeouts, retry) = (Timeouts::default(), RetryPolicy::default());
-            return Ok(Self { rule: None, backend: None, candidates, timeouts, retry });
+            return Ok(Self {
+                rule: None,
+                backend: None,
+                candidates,
+                timeouts,
+                retry,
+            });
         }
         let rule = route::select(rules, parts).ok_or(Kind::NoRoute)?;
         let backend = route::pick_backend(&rule.backends, fastrand::u64(..)).ok_or(Kind::NoBackend)?;
@@ -114,8 +124,10 @@ impl<'a> Plan<'a> {
     }
 
     fn edit_response(&self, headers: &mut http::HeaderMap) {
-        let edits: [Option<&HeaderEdits>; 2] =
-            [self.backend.map(|backend| &backend.edits), self.rule.map(|rule| &rule.edits)];
+        let edits: [Option<&HeaderEdits>; 2] = [
+            self.backend.map(|backend| &backend.edits),
+            self.rule.map(|rule| &rule.edits),
+        ];
         for (_, response) in edits.into_iter().flatten() {
             route::apply(response, headers);
         }
@@ -190,7 +202,12 @@ impl Attempts<'_> {
     }
 
     /// One try.
-    async fn one(&self, request: Request<Body>, http2: bool, tried: &mut Tried) -> Result<Response<Body>, Error> {
+    async fn one(
+        &self,
+        request: Request<Body>,
+        http2: bool,
+        tried: &mut Tried,
+    ) -> Result<Response<Body>, Error> {
         let (endpoint, way) = self.next(tried)?;
         let from = self.outbound.from(self.source);
         let sending = from.send(&way, endpoint.address, request, http2);
@@ -203,15 +220,26 @@ impl Attempts<'_> {
     }
 
     /// A request that switches protocols: one try on a connection of its own.
-    async fn switch(&self, switching: upgrade::Switching, tried: &mut Tried) -> Result<Response<Body>, Error> {
+    async fn switch(
+        &self,
+        switching: upgrade::Switching,
+        tried: &mut Tried,
+    ) -> Result<Response<Body>, Error> {
         let (endpoint, way) = self.next(tried)?;
-        let stream = self.outbound.from(self.source).stream(&way, endpoint.address).await?;
+        let stream = self
+            .outbound
+            .from(self.source)
+            .stream(&way, endpoint.address)
+            .await?;
         upgrade::switch(stream, switching, Arc::clone(&self.outbound.local)).await
     }
 
     fn next(&self, tried: &mut Tried) -> Result<(Endpoint, Way), Error> {
         tried.tries += 1;
-        let endpoint = self.outbound.pick(&self.plan.candidates, &tried.addresses).ok_or(Kind::NoEndpoint)?;
+        let endpoint = self
+            .outbound
+            .pick(&self.plan.candidates, &tried.addresses)
+            .ok_or(Kind::NoEndpoint)?;
         let way = Way::to(&self.outbound.proxy, &self.outbound.local, self.source, endpoint);
         tried.addresses.push(endpoint.address);
         tried.in_flight = Some(endpoint.load.enter());
@@ -250,18 +278,33 @@ fn finish(
 ) -> Response<Body> {
     let (mut response, candidates, flag) = match sent {
         Ok((response, candidates)) => {
-            let flag = if tried.exhausted { Flag::RetryLimit } else { Flag::None };
+            let flag = if tried.exhausted {
+                Flag::RetryLimit
+            } else {
+                Flag::None
+            };
             (response, candidates, flag)
         }
         Err(error) => {
             tracing::debug!(%error, workload = %outbound.local.uid, to = %outbound.original, "request failed");
-            let flag = if tried.exhausted { Flag::RetryLimit } else { error.answer().1 };
-            (reply::error(&error, audience), outbound.candidates(snapshot), flag)
+            let flag = if tried.exhausted {
+                Flag::RetryLimit
+            } else {
+                error.answer().1
+            };
+            (
+                reply::error(&error, audience),
+                outbound.candidates(snapshot),
+                flag,
+            )
         }
     };
     response.headers_mut().remove(super::failure::FAILURE);
     let recorder = recorder(outbound, (snapshot, source), &candidates, tried.last.as_ref());
-    let destination = tried.last.as_ref().and_then(|(endpoint, _)| endpoint.workload.as_ref());
+    let destination = tried
+        .last
+        .as_ref()
+        .and_then(|(endpoint, _)| endpoint.workload.as_ref());
     let outcome = Outcome {
         upstream: tried.last.as_ref().map(|(endpoint, _)| endpoint.address),
         destination: destination
@@ -274,7 +317,11 @@ fn finish(
         .head(response.status(), response.headers(), flag)
         .to(outcome)
         .counting(tried.in_flight)
-        .until(tried.deadline.filter(|_| response.status() != StatusCode::SWITCHING_PROTOCOLS));
+        .until(
+            tried
+                .deadline
+                .filter(|_| response.status() != StatusCode::SWITCHING_PROTOCOLS),
+        );
     response.map(|body| body.measured(tail))
 }
 

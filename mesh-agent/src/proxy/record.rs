@@ -30,7 +30,11 @@ pub(super) struct Exchange {
 
 impl Exchange {
     pub(super) fn begin(line: Option<Box<LogLine>>) -> Arc<Self> {
-        Arc::new(Self { started: Instant::now(), request_bytes: AtomicU64::new(0), line })
+        Arc::new(Self {
+            started: Instant::now(),
+            request_bytes: AtomicU64::new(0),
+            line,
+        })
     }
 }
 
@@ -75,7 +79,10 @@ pub(super) struct Tail {
 
 impl std::fmt::Debug for Tail {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Tail").field("status", &self.status).field("flag", &self.flag).finish_non_exhaustive()
+        f.debug_struct("Tail")
+            .field("status", &self.status)
+            .field("flag", &self.flag)
+            .finish_non_exhaustive()
     }
 }
 
@@ -102,7 +109,12 @@ impl Tail {
         })
     }
 
-    pub(super) fn head(mut self: Box<Self>, status: StatusCode, headers: &HeaderMap, flag: Flag) -> Box<Self> {
+    pub(super) fn head(
+        mut self: Box<Self>,
+        status: StatusCode,
+        headers: &HeaderMap,
+        flag: Flag,
+    ) -> Box<Self> {
         self.status = status;
         self.flag = flag;
         self.grpc_status = grpc_status(headers);
@@ -126,7 +138,9 @@ impl Tail {
     }
 
     pub(super) fn poll_expired(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let Some(deadline) = &mut self.deadline else { return Poll::Pending };
+        let Some(deadline) = &mut self.deadline else {
+            return Poll::Pending;
+        };
         std::task::ready!(deadline.as_mut().poll(cx));
         self.flag = Flag::UpstreamTimeout;
         self.record();

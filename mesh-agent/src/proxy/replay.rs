@@ -64,7 +64,12 @@ impl Replayable {
     pub(super) fn start(&self) -> Replay {
         let mut shared = lock(&self.0);
         shared.owner += 1;
-        Replay { shared: Arc::clone(&self.0), owner: shared.owner, given: 0, trailers_given: false }
+        Replay {
+            shared: Arc::clone(&self.0),
+            owner: shared.owner,
+            given: 0,
+            trailers_given: false,
+        }
     }
 }
 
@@ -111,9 +116,7 @@ impl Replay {
 
     pub(super) fn is_end_stream(&self) -> bool {
         let shared = lock(&self.shared);
-        shared.ended
-            && self.given >= shared.kept.len()
-            && (self.trailers_given || shared.trailers.is_none())
+        shared.ended && self.given >= shared.kept.len() && (self.trailers_given || shared.trailers.is_none())
     }
 
     pub(super) fn size_hint(&self) -> http_body::SizeHint {
@@ -122,7 +125,11 @@ impl Replay {
             .iter()
             .map(|chunk| chunk.len() as u64)
             .sum();
-        let rest = if shared.ended { http_body::SizeHint::with_exact(0) } else { shared.rest.size_hint() };
+        let rest = if shared.ended {
+            http_body::SizeHint::with_exact(0)
+        } else {
+            shared.rest.size_hint()
+        };
         let mut hint = http_body::SizeHint::new();
         if let Some(upper) = rest.upper() {
             hint.set_upper(upper.saturating_add(ahead));

@@ -17,12 +17,18 @@ pub(super) enum Audience {
 
 impl Audience {
     pub(super) fn of(parts: &request::Parts) -> Self {
-        if is_grpc(&parts.headers) { Self::Grpc } else { Self::Http }
+        if is_grpc(&parts.headers) {
+            Self::Grpc
+        } else {
+            Self::Http
+        }
     }
 }
 
 pub(super) fn is_grpc(headers: &HeaderMap) -> bool {
-    headers.get(header::CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"))
+    headers
+        .get(header::CONTENT_TYPE)
+        .is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"))
 }
 
 /// The answer to a request that failed with `error`.
@@ -33,7 +39,9 @@ pub(super) fn error(error: &Error, audience: Audience) -> Response<Body> {
             // The cause may name addresses; the client gets the kind only.
             let mut response = Response::new(Body::full(Error::from(error.kind).to_string()));
             *response.status_mut() = status;
-            response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
+            response
+                .headers_mut()
+                .insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
             response
         }
         Audience::Grpc => {

@@ -13,7 +13,7 @@ use super::mesh_pool::StreamLease;
 
 /// Either a socket or a stream inside a pooled mTLS connection.
 #[derive(Debug)]
-pub enum Stream {
+pub(super) enum Stream {
     Tcp(TcpStream),
     /// An HTTP/2 CONNECT stream (HBONE).
     Tunnel(Box<Tunnel>),
@@ -21,14 +21,17 @@ pub enum Stream {
 
 /// A tunnelled stream, and its place on the pooled connection that carries it (`None` on the accepting side).
 #[derive(Debug)]
-pub struct Tunnel {
+pub(super) struct Tunnel {
     io: TokioIo<Upgraded>,
     _lease: Option<StreamLease>,
 }
 
 impl Stream {
     pub(super) fn tunnel(upgraded: Upgraded, lease: Option<StreamLease>) -> Self {
-        Self::Tunnel(Box::new(Tunnel { io: TokioIo::new(upgraded), _lease: lease }))
+        Self::Tunnel(Box::new(Tunnel {
+            io: TokioIo::new(upgraded),
+            _lease: lease,
+        }))
     }
 }
 

@@ -18,15 +18,19 @@ const BUFFER: usize = 16 * 1024;
 
 /// Bytes moved so far, seen from the client's side.
 #[derive(Debug, Default)]
-pub struct Moved {
+pub(super) struct Moved {
     /// From the client to the server.
-    pub sent: AtomicU64,
+    pub(super) sent: AtomicU64,
     /// From the server to the client.
-    pub received: AtomicU64,
+    pub(super) received: AtomicU64,
 }
 
 /// Copies both ways until both have ended.
-pub async fn copy<A: Resettable, B: Resettable>(client: A, server: B, moved: &Moved) -> io::Result<()> {
+pub(super) async fn copy<A: Resettable, B: Resettable>(
+    client: A,
+    server: B,
+    moved: &Moved,
+) -> io::Result<()> {
     let (mut client_read, mut client_write) = tokio::io::split(client);
     let (mut server_read, mut server_write) = tokio::io::split(server);
     let result = tokio::try_join!(
@@ -64,7 +68,7 @@ where
 }
 
 /// A stream that can be ended so that its peer notices that something went wrong.
-pub trait Resettable: AsyncRead + AsyncWrite + Unpin {
+pub(super) trait Resettable: AsyncRead + AsyncWrite + Unpin {
     fn reset(self);
 }
 

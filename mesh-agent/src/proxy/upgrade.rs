@@ -58,7 +58,9 @@ pub(super) async fn switch(
     });
     let client = parts.extensions.remove::<hyper::upgrade::OnUpgrade>();
     headers::origin_form(&mut parts);
-    parts.headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+    parts
+        .headers
+        .insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
     parts.headers.insert(header::UPGRADE, protocol);
     let request = Request::from_parts(parts, Body::incoming(body));
     let mut response = sender.send_request(request).await.map_err(failure::of_http)?;
@@ -66,7 +68,8 @@ pub(super) async fn switch(
         headers::strip_hop_by_hop(response.headers_mut());
         return Ok(response.map(Body::incoming));
     }
-    let client = client.ok_or_else(|| Error::new(Kind::BadRequest, "this connection cannot switch protocols"))?;
+    let client =
+        client.ok_or_else(|| Error::new(Kind::BadRequest, "this connection cannot switch protocols"))?;
     let server = hyper::upgrade::on(&mut response);
     tokio::spawn(async move {
         let copying = async {
@@ -83,7 +86,9 @@ pub(super) async fn switch(
     let switched = response.headers().get(header::UPGRADE).cloned();
     let (mut parts, _) = response.into_parts();
     headers::strip_hop_by_hop(&mut parts.headers);
-    parts.headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+    parts
+        .headers
+        .insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
     if let Some(protocol) = switched {
         parts.headers.insert(header::UPGRADE, protocol);
     }

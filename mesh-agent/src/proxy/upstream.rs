@@ -85,7 +85,9 @@ impl From<'_> {
                 let connect = sock::connect(&*self.local.namespace, to, None);
                 let stream = tokio::time::timeout(CONNECT_TIMEOUT, connect).await;
                 let stream = stream.map_err(|cause| Error::new(Kind::Connect, cause))?;
-                stream.map(Stream::Tcp).map_err(|cause| Error::new(Kind::Connect, cause))
+                stream
+                    .map(Stream::Tcp)
+                    .map_err(|cause| Error::new(Kind::Connect, cause))
             }
         }
     }
@@ -106,8 +108,16 @@ impl From<'_> {
             }
             Way::Mesh(key) => self.send_mesh(key, to, request, http2).await,
             Way::Clear => {
-                let key = AppKey { from: Arc::clone(&self.local.uid), present: None, to, tunnel: None };
-                send_app(self.proxy, key, (request, http2), async || self.stream(&Way::Clear, to).await).await
+                let key = AppKey {
+                    from: Arc::clone(&self.local.uid),
+                    present: None,
+                    to,
+                    tunnel: None,
+                };
+                send_app(self.proxy, key, (request, http2), async || {
+                    self.stream(&Way::Clear, to).await
+                })
+                .await
             }
         }
     }
@@ -127,7 +137,12 @@ impl From<'_> {
             if !lease.native() {
                 drop(lease);
                 let tunnel = Some((key.source_identity.clone(), key.peer_identity.clone()));
-                let key_in = AppKey { from: Arc::clone(&self.local.uid), present: None, to, tunnel };
+                let key_in = AppKey {
+                    from: Arc::clone(&self.local.uid),
+                    present: None,
+                    to,
+                    tunnel,
+                };
                 let connect = async || self.tunnel(key, to).await;
                 return send_app(self.proxy, key_in, (request, http2), connect).await;
             }
@@ -154,7 +169,10 @@ impl From<'_> {
         let headers = request.headers_mut();
         headers.insert(headers::DESTINATION, value(to)?);
         headers.insert(headers::CLIENT, value(self.client)?);
-        headers.insert(headers::VERSION, HeaderValue::from_static(if http2 { "2" } else { "1.1" }));
+        headers.insert(
+            headers::VERSION,
+            HeaderValue::from_static(if http2 { "2" } else { "1.1" }),
+        );
         *request.version_mut() = Version::HTTP_2;
         Ok(())
     }
@@ -177,7 +195,10 @@ impl From<'_> {
             return Err(kind.into());
         }
         if !response.status().is_success() {
-            return Err(Error::new(Kind::Connect, format!("the peer's agent answered {}", response.status())));
+            return Err(Error::new(
+                Kind::Connect,
+                format!("the peer's agent answered {}", response.status()),
+            ));
         }
         let upgraded = hyper::upgrade::on(response).await;
         let upgraded = upgraded.map_err(|cause| Error::new(Kind::Connect, cause))?;
@@ -186,7 +207,10 @@ impl From<'_> {
 
     pub(super) fn caller(&self, dest: &Local) -> Caller {
         let caller = Caller::new(Some(self.source.identity.clone()), self.client, dest);
-        Caller { recorders: Arc::clone(self.recorders), ..caller }
+        Caller {
+            recorders: Arc::clone(self.recorders),
+            ..caller
+        }
     }
 }
 
@@ -200,10 +224,16 @@ pub(super) async fn send_app(
     let (mut parts, body) = request.into_parts();
     let mut response = if http2 {
         parts.version = Version::HTTP_2;
-        proxy.apps.send_http2(key, Request::from_parts(parts, body), connect).await?
+        proxy
+            .apps
+            .send_http2(key, Request::from_parts(parts, body), connect)
+            .await?
     } else {
         headers::origin_form(&mut parts);
-        proxy.apps.send_http1(key, Request::from_parts(parts, body), connect).await?
+        proxy
+            .apps
+            .send_http1(key, Request::from_parts(parts, body), connect)
+            .await?
     };
     headers::strip_hop_by_hop(response.headers_mut());
     response.headers_mut().remove(failure::FAILURE);
