@@ -17,7 +17,7 @@ use super::record::{Exchange, LogLine, Outcome, Tail};
 use super::recorders::Exchanging;
 use super::{Proxy, headers, reply, upgrade, upstream};
 use crate::metrics::{Flag, HttpRecorder, Peers, Reporter, Security};
-use crate::model::{Protocol, Snapshot};
+use crate::model::{Identity, Protocol, Snapshot};
 use crate::route;
 
 /// A request that arrived on a stream of its own: by a clear-text client, or through a tunnel.
@@ -95,6 +95,7 @@ pub(super) struct Measured {
     pub(super) exchange: Arc<Exchange>,
     recorder: Arc<HttpRecorder>,
     destination: Arc<str>,
+    identity: Option<Identity>,
 }
 
 impl Measured {
@@ -115,16 +116,20 @@ impl Measured {
             recorder(proxy, &snapshot, dest, caller, to)
         });
         let line = proxy.access_log.enabled().then(|| {
-            let peer = caller
-                .identity
-                .as_ref()
-                .map_or_else(String::new, ToString::to_string);
-            log_line(parts, caller.client.to_string(), peer)
+            let source = snapshot
+                .workloads_by_address
+                .get(&caller.client.ip().to_canonical());
+            let source = source.map(|source| source.uid().into());
+            log_line(parts, caller.client, source, caller.identity.clone())
         });
         Self {
             exchange: Exchange::begin(line),
             recorder,
             destination: Arc::clone(&dest.uid),
+            identity: caller
+                .identity
+                .is_some()
+                .then(|| dest.workload().identity.clone()),
         }
     }
 
@@ -145,6 +150,7 @@ impl Measured {
         let outcome = Outcome {
             upstream,
             destination: Some(self.destination),
+            identity: self.identity,
             route: None,
             attempts: 1,
         };
@@ -191,7 +197,12 @@ fn recorder(
 }
 
 /// What the access log says of a request's head.
-pub(super) fn log_line(parts: &request::Parts, source: String, peer: String) -> Box<LogLine> {
+pub(super) fn log_line(
+    parts: &request::Parts,
+    client: SocketAddr,
+    source: Option<Arc<str>>,
+    source_identity: Option<Identity>,
+) -> Box<LogLine> {
     let text = |name: &str| field(&parts.headers, name);
     Box::new(LogLine {
         at: SystemTime::now(),
@@ -210,9 +221,9 @@ pub(super) fn log_line(parts: &request::Parts, source: String, peer: String) -> 
             _ => "HTTP/1.1",
         },
         request_id: text("x-request-id"),
-        user_agent: text(header::USER_AGENT.as_str()),
+        client,
         source,
-        peer,
+        source_identity,
     })
 }
 

@@ -32,7 +32,12 @@ pub(super) async fn handle(outbound: Arc<Outbound>, request: Request<Incoming>) 
     let audience = reply::Audience::of(&parts);
     let line = outbound.proxy.access_log.enabled().then(|| {
         let source = outbound.local.workload();
-        inbound_http::log_line(&parts, source.uid(), source.identity.to_string())
+        inbound_http::log_line(
+            &parts,
+            outbound.client,
+            Some(Arc::clone(&outbound.local.uid)),
+            Some(source.identity.clone()),
+        )
     });
     let exchange = Exchange::begin(line);
     outbound.proxy.retries.deposit();
@@ -310,10 +315,20 @@ fn finish(
         destination: destination
             .filter(|_| exchange.line.is_some())
             .map(|workload| workload.uid().into()),
+        identity: tried
+            .last
+            .as_ref()
+            .filter(|(_, security)| exchange.line.is_some() && *security == Security::MutualTls)
+            .and_then(|(endpoint, _)| {
+                endpoint
+                    .workload
+                    .as_ref()
+                    .map(|workload| workload.identity.clone())
+            }),
         route: tried.route,
         attempts: tried.tries,
     };
-    let tail = Tail::new(exchange, recorder, outbound.proxy.access_log.clone(), "source")
+    let tail = Tail::new(exchange, recorder, outbound.proxy.access_log.clone(), "outbound")
         .head(response.status(), response.headers(), flag)
         .to(outcome)
         .counting(tried.in_flight)

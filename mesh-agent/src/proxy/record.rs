@@ -3,7 +3,9 @@
 //! Invariant: each exchange is recorded exactly once by each side that handles it: at the response's end, when
 //! it breaks, or when it is dropped.
 
+use std::fmt::Display;
 use std::future::Future;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,7 +18,7 @@ use http_body::Frame;
 use tokio::time::{Instant, Sleep};
 
 use crate::metrics::{Flag, HttpOutcome, HttpRecorder};
-use crate::model::InFlight;
+use crate::model::{Identity, InFlight};
 use crate::telemetry::{AccessLog, AccessRecord};
 
 /// What is known when the request arrives.
@@ -47,16 +49,17 @@ pub(super) struct LogLine {
     pub(super) path: String,
     pub(super) protocol: &'static str,
     pub(super) request_id: String,
-    pub(super) user_agent: String,
-    pub(super) source: String,
-    pub(super) peer: String,
+    pub(super) client: SocketAddr,
+    pub(super) source: Option<Arc<str>>,
+    pub(super) source_identity: Option<Identity>,
 }
 
 /// Where it went, for the access log.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Outcome {
-    pub(super) upstream: Option<std::net::SocketAddr>,
+    pub(super) upstream: Option<SocketAddr>,
     pub(super) destination: Option<Arc<str>>,
+    pub(super) identity: Option<Identity>,
     pub(super) route: Option<Arc<str>>,
     pub(super) attempts: u32,
 }
@@ -66,7 +69,7 @@ pub(super) struct Tail {
     exchange: Arc<Exchange>,
     recorder: Arc<HttpRecorder>,
     log: AccessLog,
-    reporter: &'static str,
+    direction: &'static str,
     status: StatusCode,
     flag: Flag,
     grpc_status: Option<u16>,
@@ -91,13 +94,13 @@ impl Tail {
         exchange: Arc<Exchange>,
         recorder: Arc<HttpRecorder>,
         log: AccessLog,
-        reporter: &'static str,
+        direction: &'static str,
     ) -> Box<Self> {
         Box::new(Self {
             exchange,
             recorder,
             log,
-            reporter,
+            direction,
             status: StatusCode::OK,
             flag: Flag::None,
             grpc_status: None,
@@ -186,27 +189,38 @@ impl Tail {
     }
 
     fn write(&self, line: &LogLine, outcome: &HttpOutcome, duration: Duration) {
+        let outcome_to = &self.outcome;
         self.log.log(&AccessRecord {
             start: line.at,
-            reporter: self.reporter,
+            duration,
+            direction: self.direction,
+            protocol: line.protocol,
             method: &line.method,
             authority: &line.authority,
             path: &line.path,
-            protocol: line.protocol,
             status: outcome.status,
-            flags: self.flag.as_str(),
             grpc_status: self.grpc_status,
+            flags: self.flag.as_str(),
             bytes_received: outcome.request_bytes,
             bytes_sent: outcome.response_bytes,
-            duration,
-            upstream: self.outcome.upstream,
-            source: &line.source,
-            destination: self.outcome.destination.as_deref().unwrap_or(""),
-            peer_identity: &line.peer,
+            downstream: Some(line.client),
+            upstream: outcome_to.upstream,
+            source: line.source.as_ref().map(|source| source as &dyn Display),
+            source_identity: line
+                .source_identity
+                .as_ref()
+                .map(|identity| identity as &dyn Display),
+            destination: outcome_to
+                .destination
+                .as_ref()
+                .map(|destination| destination as &dyn Display),
+            destination_identity: outcome_to
+                .identity
+                .as_ref()
+                .map(|identity| identity as &dyn Display),
             request_id: &line.request_id,
-            user_agent: &line.user_agent,
-            route: self.outcome.route.as_deref().unwrap_or(""),
-            attempts: self.outcome.attempts,
+            route: outcome_to.route.as_deref().unwrap_or(""),
+            attempts: outcome_to.attempts,
         });
     }
 }
