@@ -12,6 +12,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
 use super::tcp::Moved;
+use crate::dns::Resolver;
 use crate::model::Workload;
 use crate::sock::Namespace;
 
@@ -21,6 +22,8 @@ pub struct Local {
     /// `namespace/name`
     pub uid: Arc<str>,
     pub namespace: Arc<dyn Namespace>,
+    /// Answers its DNS over TCP.
+    pub resolver: Resolver,
     workload: ArcSwap<Workload>,
     pub usage: Usage,
     released: watch::Sender<bool>,
@@ -35,10 +38,11 @@ pub struct Usage {
 }
 
 impl Local {
-    pub fn new(workload: Arc<Workload>, namespace: Arc<dyn Namespace>) -> Arc<Self> {
+    pub fn new(workload: Arc<Workload>, namespace: Arc<dyn Namespace>, resolver: Resolver) -> Arc<Self> {
         Arc::new(Self {
             uid: workload.uid().into(),
             namespace,
+            resolver,
             workload: ArcSwap::new(workload),
             usage: Usage::default(),
             released: watch::Sender::new(false),

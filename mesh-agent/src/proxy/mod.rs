@@ -59,7 +59,6 @@ pub struct Inputs {
     pub identities: Identities,
     pub metrics: Metrics,
     pub access_log: AccessLog,
-    pub cluster_domain: Arc<str>,
 }
 
 /// What an mTLS connection needs.
@@ -75,7 +74,6 @@ pub struct Proxy {
     pub(crate) store: Store,
     tls: TlsParts,
     access_log: AccessLog,
-    cluster_domain: Arc<str>,
     pub locals: Locals,
     pub connections: Connections,
     apps: app_pool::AppPool,
@@ -95,7 +93,6 @@ impl Proxy {
             store: inputs.store,
             tls: tls.clone(),
             access_log: inputs.access_log,
-            cluster_domain: inputs.cluster_domain,
             locals: Locals::default(),
             connections: Connections::default(),
             apps: app_pool::AppPool::default(),

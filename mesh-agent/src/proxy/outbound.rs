@@ -20,12 +20,14 @@ use super::tcp::Resettable;
 use super::upstream::{self, Way};
 use super::{Proxy, inbound, outbound_http, serve, session};
 use crate::balance;
+use crate::dns;
 use crate::drain::DrainWatcher;
 use crate::metrics::{Peers, Reporter, Security, TcpRecorder};
 use crate::model::{
     Destination, Endpoint, Load, LoadBalancing, Protocol, Service, ServiceKey, Snapshot, Workload,
 };
 
+const DNS_PORT: u16 = 53;
 /// Endpoints tried for one opaque connection before it is reset.
 const MAX_TRIES: usize = 3;
 
@@ -45,6 +47,13 @@ pub(super) async fn serve(proxy: Arc<Proxy>, accepted: Accepted) {
     let listed = proxy
         .connections
         .open(Direction::Outbound, &local, peer, original);
+    if original.port() == DNS_PORT {
+        let _ = listed.connection.protocol.set("dns");
+        if let Err(error) = dns::stream(&local.resolver, stream, original).await {
+            tracing::debug!(%error, workload = %local.uid, server = %original, "DNS connection ended");
+        }
+        return;
+    }
     let target = match proxy.store.load().destination(original) {
         Destination::Service(service, port) => Target::Service(service.key.clone(), port),
         Destination::UnknownPort(_) => {
