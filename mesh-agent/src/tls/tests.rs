@@ -325,6 +325,19 @@ fn other_roots_are_refused() {
 }
 
 #[test]
+fn a_second_root_is_believed_while_roots_are_exchanged() {
+    let (mut mesh, next) = (Mesh::new(), Mesh::new());
+    let path = |mesh: &Mesh, file| mesh.dir.path().join(file);
+    std::fs::copy(path(&next, "ca-cert.pem"), path(&mesh, "root-cert.pem")).unwrap();
+    mesh.identities = Identities::open_embedded(mesh.dir.path(), "cluster.local").unwrap();
+    mesh.identities.ensure(&BTreeSet::from([id(REVIEWS), id(CLIENT)]));
+    for odd in [mesh.odd(|_| ()), next.odd(|_| ())] {
+        assert_eq!(judge_server(&mesh, Arc::clone(&odd)), Ok(()));
+        assert_eq!(judge_client(&mesh, Some(odd)), Ok(()));
+    }
+}
+
+#[test]
 fn the_purpose_must_fit() {
     let mesh = Mesh::new();
     let only = |purpose| mesh.odd(|params| params.extended_key_usages = vec![purpose]);
