@@ -49,13 +49,13 @@ pub(super) fn install(packages: &[&str]) -> Result<()> {
             .args(packages),
     )
     .context(
-        "apt cannot install what is needed. If it would remove a package, decide that yourself; if it does \
-             not know the eBPF compiler, rustup's nightly with rust-src does as well",
+        "apt cannot install what is needed. If it would remove a package, decide that yourself. The eBPF \
+             compiler is in Debian 12's security suite; rustup's nightly with rust-src does as well",
     )?;
     for (package, unit) in SERVICES {
-        if packages.contains(&package) && shell::program("systemctl").is_some() {
+        if packages.contains(&package) {
             // It was not started; nor shall it be with the next boot.
-            shell::run(Command::new("systemctl").args(["disable", "--quiet", unit]))?;
+            shell::run(Command::new("deb-systemd-helper").args(["disable", unit]))?;
         }
     }
     Ok(())
