@@ -3,9 +3,13 @@
 use core::ffi::c_void;
 use core::ptr;
 
-use aya_ebpf::bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_addr};
+use aya_ebpf::bindings::{
+    BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_addr, bpf_sock_tuple__bindgen_ty_1,
+    bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2,
+};
 use aya_ebpf::helpers::{
-    bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_sk_storage_delete, bpf_sk_storage_get,
+    bpf_bind, bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_sk_lookup_tcp, bpf_sk_release,
+    bpf_sk_storage_delete, bpf_sk_storage_get,
 };
 use aya_ebpf::programs::SockAddrContext;
 use mesh_common::{NetAddr, NetEndpoint, NetPort, SocketRecord};
@@ -44,6 +48,10 @@ pub(crate) struct Addr {
 
 pub(crate) const TCP: u32 = 6;
 pub(crate) const UDP: u32 = 17;
+pub(crate) const MULTIPATH: u32 = 262;
+
+/// `BPF_F_CURRENT_NETNS`.
+const CURRENT_NETNS: u64 = u64::MAX;
 
 /// One field at a time, at its own width: the verifier refuses merged or computed accesses to a context.
 macro_rules! read {
@@ -134,12 +142,79 @@ impl Addr {
         write!((*self.ctx).user_port, u32::from(to.port.net()));
     }
 
+    /// Gives an unbound socket that is about to connect `own` as its source, and leaves a bound one alone.
+    #[inline(always)]
+    pub(crate) fn bind(&self, own: &NetAddr) {
+        match self.family {
+            Family::V4 => {
+                let mut source = SockaddrIn {
+                    family: AF_INET as u16,
+                    port: 0,
+                    addr: own.v4_word(),
+                    zero: [0; 2],
+                };
+                // SAFETY: the program's context, and an address of that size.
+                unsafe { bpf_bind(self.ctx, (&raw mut source).cast(), 16) };
+            }
+            Family::V6 => {
+                let mut source = SockaddrIn6 {
+                    family: AF_INET6,
+                    port: 0,
+                    flow: 0,
+                    addr: own.words(),
+                    scope: 0,
+                };
+                // SAFETY: the program's context, and an address of that size.
+                unsafe { bpf_bind(self.ctx, (&raw mut source).cast(), 28) };
+            }
+        }
+    }
+
     /// What the kernel side knows about this socket.
     #[inline(always)]
     pub(crate) fn record(&self) -> Option<SocketRecord> {
         let record = socket_record(self.sk());
         // SAFETY: not null, and the kernel's storage lives as long as the socket of this context.
         (!record.is_null()).then(|| unsafe { *record })
+    }
+
+    /// The record of the TCP connection that a Multipath TCP socket runs on.
+    #[inline(always)]
+    pub(crate) fn subflow_record(&self) -> Option<SocketRecord> {
+        let peer = self.endpoint();
+        let (sport, dport) = (peer.port.net(), (read!((*self.sk()).src_port) as u16).to_be());
+        let mut tuple: bpf_sock_tuple__bindgen_ty_1 = if peer.addr.is_v4() {
+            let (saddr, daddr) = (peer.addr.v4_word(), read!((*self.sk()).src_ip4));
+            let ipv4 = bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1 {
+                saddr,
+                daddr,
+                sport,
+                dport,
+            };
+            bpf_sock_tuple__bindgen_ty_1 { ipv4 }
+        } else {
+            let (saddr, daddr) = (peer.addr.words(), read4!((*self.sk()).src_ip6));
+            let ipv6 = bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2 {
+                saddr,
+                daddr,
+                sport,
+                dport,
+            };
+            bpf_sock_tuple__bindgen_ty_1 { ipv6 }
+        };
+        let size = if peer.addr.is_v4() { 12 } else { 36 };
+        // SAFETY: the context and a tuple of that size. What comes back is null or a referenced socket.
+        let subflow =
+            unsafe { bpf_sk_lookup_tcp(self.ctx.cast(), (&raw mut tuple).cast(), size, CURRENT_NETNS, 0) };
+        if subflow.is_null() {
+            return None;
+        }
+        let record = socket_record(subflow);
+        // SAFETY: not null, and the reference keeps the socket's storage.
+        let record = (!record.is_null()).then(|| unsafe { *record });
+        // SAFETY: the reference that the lookup took.
+        unsafe { bpf_sk_release(subflow.cast()) };
+        record
     }
 
     /// Sets or overwrites the record; false if the kernel has no memory for it.
@@ -173,6 +248,26 @@ pub(crate) fn either(family: u32, v4: u32, v6: [u32; 4]) -> NetAddr {
 }
 
 const AF_INET: u32 = 2;
+const AF_INET6: u16 = 10;
+
+/// `struct sockaddr_in`.
+#[repr(C)]
+struct SockaddrIn {
+    family: u16,
+    port: u16,
+    addr: u32,
+    zero: [u32; 2],
+}
+
+/// `struct sockaddr_in6`.
+#[repr(C)]
+struct SockaddrIn6 {
+    family: u16,
+    port: u16,
+    flow: u32,
+    addr: [u32; 4],
+    scope: u32,
+}
 
 #[inline(always)]
 fn sockets() -> *mut c_void {

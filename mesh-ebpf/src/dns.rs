@@ -97,6 +97,11 @@ fn capture(ctx: &Addr, key: u64, entry: &WorkloadEntry, server: &NetEndpoint, co
             count(Counter::RefusedNoStorage);
             return workload::refuse();
         }
+        // Else it would be given a loopback address as its source, and keep it for wherever it goes next.
+        let own = if server.addr.is_v4() { &entry.v4 } else { &entry.v6 };
+        if !own.is_none() {
+            ctx.bind(own);
+        }
     }
     ctx.rewrite(&slot);
     count(Counter::CapturedDns);

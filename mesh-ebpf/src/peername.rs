@@ -3,15 +3,28 @@
 
 use mesh_common::socket_kind;
 
-use crate::context::{Addr, Verdict};
+use crate::connect::is_own;
+use crate::context::{Addr, MULTIPATH, Verdict};
+use crate::workload;
 
 #[inline(always)]
 pub(crate) fn getpeername(ctx: &Addr) -> Verdict {
-    if let Some(record) = ctx.record()
+    let record = match ctx.record() {
+        None if is_redirected(ctx) => ctx.subflow_record(),
+        record => record,
+    };
+    if let Some(record) = record
         && record.kind != socket_kind::PRESENTING
     {
         ctx.rewrite(&record.endpoint);
     }
-    // Anything else would fail the call, even on kernels where the result is ignored elsewhere.
+    // Anything else would fail the call on kernels that heed it.
     Verdict::Pass
+}
+
+/// Multipath TCP: the application's socket is another than the one that connected and carries the record.
+#[inline(always)]
+fn is_redirected(ctx: &Addr) -> bool {
+    ctx.protocol() == MULTIPATH
+        && workload::find(ctx.netns()).is_some_and(|entry| is_own(&ctx.endpoint().addr, entry))
 }

@@ -1,8 +1,16 @@
 //! Connections that a workload makes.
 
-use std::net::TcpListener;
+use std::io::{self, Read as _, Write as _};
+use std::mem;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::time::Duration;
 
-use crate::world::{FAMILIES, OUT4, World, accept, at, connect, exchange, ip};
+use mesh_tests::until;
+use socket2::{SockAddr, SockRef, Socket};
+
+use crate::world::{
+    FAMILIES, OUT4, OUT6, PATIENCE, POD4, World, accept, at, connect, exchange, ip, tcp_socket, try_accept,
+};
 
 #[test]
 fn a_connection_comes_to_the_agent_and_both_ends_are_told_the_truth() {
@@ -24,23 +32,18 @@ fn a_connection_comes_to_the_agent_and_both_ends_are_told_the_truth() {
 fn who_is_not_enrolled_is_not_touched() {
     let world = World::new();
     for (pod, out) in FAMILIES {
-        let (listener, mut app) = world
-            .pod
-            .enter(|| {
-                let outside = world
-                    .outside
-                    .enter(|| TcpListener::bind(at(out, 0)))
-                    .unwrap()
-                    .unwrap();
-                let app = connect(outside.local_addr().unwrap()).unwrap();
-                (outside, app)
-            })
+        let listener = world
+            .outside
+            .enter(|| TcpListener::bind(at(out, 0)))
+            .unwrap()
             .unwrap();
-        let (mut server, peer) = accept(&listener);
-        assert_eq!(app.peer_addr().unwrap(), listener.local_addr().unwrap());
+        let server = listener.local_addr().unwrap();
+        let mut app = world.pod.enter(|| connect(server)).unwrap().unwrap();
+        let (mut served, peer) = accept(&listener);
+        assert_eq!(app.peer_addr().unwrap(), server);
         assert_eq!(peer, app.local_addr().unwrap());
         assert_eq!(peer.ip(), ip(pod));
-        exchange(&mut app, &mut server);
+        exchange(&mut app, &mut served);
     }
     assert!(
         world
@@ -50,5 +53,257 @@ fn who_is_not_enrolled_is_not_touched() {
             .iter()
             .all(|(_, count)| *count == 0)
     );
-    let _ = OUT4;
+}
+
+#[test]
+fn a_connection_to_the_pod_itself_stays_inside() {
+    let world = World::new();
+    let _agent = world.enrol(true);
+    for address in ["127.0.0.1", POD4, "::1", "fd77::2", "::ffff:127.0.0.1"] {
+        let (mut app, mut server) = world
+            .pod
+            .enter(|| {
+                let listener = TcpListener::bind(at(address, 0)).unwrap();
+                let app = connect(listener.local_addr().unwrap()).unwrap();
+                (app, accept(&listener).0)
+            })
+            .unwrap();
+        assert_eq!(app.peer_addr().unwrap().ip(), ip(address));
+        exchange(&mut app, &mut server);
+    }
+    assert_eq!(world.counter("passed_local"), 5);
+    assert_eq!(world.counter("captured_tcp"), 0);
+}
+
+#[test]
+fn a_connect_that_does_not_wait_ends_the_same_way() {
+    let world = World::new();
+    let agent = world.enrol(true);
+    let socket = world.pod.enter(|| tcp_socket(at(OUT4[0], 80))).unwrap();
+    socket.set_nonblocking(true).unwrap();
+    match socket.connect(&at(OUT4[0], 80).into()) {
+        Ok(()) => {}
+        Err(error) => assert_eq!(error.raw_os_error(), Some(libc::EINPROGRESS)),
+    }
+    until("the connect to end", PATIENCE, || socket.peer_addr().ok()).unwrap();
+    assert!(socket.take_error().unwrap().is_none());
+    assert_eq!(peer(&socket), at(OUT4[0], 80));
+    assert_eq!(agent.accept().1, Some(at(OUT4[0], 80)));
+}
+
+#[test]
+fn a_second_connect_of_a_connected_socket_fails_and_changes_nothing() {
+    let world = World::new();
+    let agent = world.enrol(true);
+    let socket = world.pod.enter(|| tcp_socket(at(OUT4[0], 80))).unwrap();
+    socket.connect(&at(OUT4[0], 80).into()).unwrap();
+    let error = socket.connect(&at(OUT4[1], 81).into()).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::EISCONN));
+    assert_eq!(peer(&socket), at(OUT4[0], 80));
+    assert_eq!(agent.accept().1, Some(at(OUT4[0], 80)));
+}
+
+#[test]
+fn a_disconnected_socket_connects_anew_elsewhere() {
+    let world = World::new();
+    let agent = world.enrol(true);
+    let socket = world.pod.enter(|| tcp_socket(at(OUT4[0], 80))).unwrap();
+    socket.connect(&at(OUT4[0], 80).into()).unwrap();
+    assert_eq!(agent.accept().1, Some(at(OUT4[0], 80)));
+    disconnect(&socket);
+    socket.connect(&at(OUT4[1], 81).into()).unwrap();
+    assert_eq!(peer(&socket), at(OUT4[1], 81));
+    assert_eq!(agent.accept().1, Some(at(OUT4[1], 81)));
+    disconnect(&socket);
+    // To the pod itself: nothing of before may show.
+    let listener = world
+        .pod
+        .enter(|| TcpListener::bind(at("127.0.0.1", 0)))
+        .unwrap()
+        .unwrap();
+    let local = listener.local_addr().unwrap();
+    socket.connect(&local.into()).unwrap();
+    assert_eq!(peer(&socket), local);
+    accept(&listener);
+    world.wait_for_entries("FLOWS", 0);
+}
+
+#[test]
+fn a_bound_source_is_kept() {
+    let world = World::new();
+    let agent = world.enrol(true);
+    for source in [at(POD4, 0), at(POD4, 23456), at("0.0.0.0", 23457)] {
+        let socket = world.pod.enter(|| tcp_socket(source)).unwrap();
+        socket.bind(&source.into()).unwrap();
+        let bound = local(&socket);
+        socket.connect(&at(OUT4[0], 80).into()).unwrap();
+        assert_eq!(local(&socket), at(POD4, bound.port()));
+        assert_eq!(agent.accept().1, Some(at(OUT4[0], 80)));
+    }
+}
+
+#[test]
+fn one_source_port_serves_several_destinations() {
+    let world = World::new();
+    let agent = world.enrol(true);
+    for source in [at(POD4, 23456), at("fd77::2", 23456)] {
+        let destinations = if source.is_ipv4() { OUT4 } else { OUT6 };
+        let mut open = Vec::new();
+        for out in destinations {
+            let socket = world.pod.enter(|| tcp_socket(source)).unwrap();
+            socket.set_reuse_address(true).unwrap();
+            socket.bind(&source.into()).unwrap();
+            socket.connect(&at(out, 80).into()).unwrap();
+            assert_eq!(peer(&socket), at(out, 80));
+            open.push(TcpStream::from(socket));
+        }
+        for (app, out) in open.iter_mut().zip(destinations) {
+            let (mut agents, wanted) = agent.accept();
+            assert_eq!(wanted, Some(at(out, 80)));
+            exchange(app, &mut agents);
+        }
+    }
+}
+
+#[test]
+fn ipv4_through_an_ipv6_socket_is_ipv4() {
+    let world = World::new();
+    let agent = world.enrol(true);
+    let mapped = at(&format!("::ffff:{}", OUT4[0]), 80);
+    let mut app = world.pod.enter(|| connect(mapped)).unwrap().unwrap();
+    assert_eq!(app.peer_addr().unwrap(), mapped);
+    assert_eq!(app.local_addr().unwrap().ip(), ip(&format!("::ffff:{POD4}")));
+    let (mut agents, wanted) = agent.accept();
+    assert_eq!(wanted, Some(at(OUT4[0], 80)));
+    exchange(&mut app, &mut agents);
+}
+
+#[test]
+fn what_was_sent_before_a_quick_close_arrives() {
+    let world = World::new();
+    let agent = world.enrol(true);
+    let mut app = world.pod.enter(|| connect(at(OUT4[0], 80))).unwrap().unwrap();
+    app.write_all(b"fire and forget").unwrap();
+    drop(app);
+    // Only now does the agent find the time.
+    let (mut agents, wanted) = agent.accept();
+    assert_eq!(wanted, Some(at(OUT4[0], 80)));
+    let mut text = String::new();
+    agents.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "fire and forget");
+    assert_eq!(world.entries("FLOWS"), 0);
+}
+
+#[test]
+fn aborted_connections_leave_nothing() {
+    let world = World::new();
+    let agent = world.enrol(true);
+    for number in 0..100 {
+        let socket = world.pod.enter(|| tcp_socket(at(OUT4[0], 80))).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        let _ = socket.connect(&at(OUT4[0], 80).into());
+        if number % 2 == 0 {
+            // A reset instead of an orderly end.
+            socket.set_linger(Some(Duration::ZERO)).unwrap();
+        }
+    }
+    until("every flow to be gone", Duration::from_secs(5), || {
+        while let Ok((stream, peer)) = try_accept(&agent.listeners.outbound, Duration::from_millis(50)) {
+            let local = stream.local_addr().unwrap();
+            let _ = agent.enrolment.namespace().original_destination(peer, local);
+        }
+        (world.entries("FLOWS") == 0).then_some(())
+    })
+    .unwrap();
+}
+
+#[test]
+fn a_full_map_refuses_and_counts() {
+    let world = World::with_flows(4);
+    let agent = world.enrol(true);
+    // Nobody may take a refused connection for one to the pod itself.
+    let _decoy = world
+        .pod
+        .enter(|| TcpListener::bind(at("0.0.0.0", 8080)))
+        .unwrap()
+        .unwrap();
+    let mut results = Vec::new();
+    for _ in 0..12 {
+        results.push(world.pod.enter(|| connect(at(OUT4[0], 80))).unwrap());
+    }
+    let refused = results.iter().filter_map(|result| result.as_ref().err());
+    let refused: Vec<_> = refused.map(io::Error::kind).collect();
+    assert!(!refused.is_empty());
+    assert!(
+        refused
+            .iter()
+            .all(|kind| *kind == io::ErrorKind::ConnectionRefused),
+        "{refused:?}"
+    );
+    assert_eq!(world.counter("refused_map_full"), refused.len() as u64);
+    for _ in 0..12 - refused.len() {
+        assert_eq!(agent.accept().1, Some(at(OUT4[0], 80)));
+    }
+    assert_eq!(world.entries("FLOWS"), 0);
+    drop(world.pod.enter(|| connect(at(OUT4[0], 80))).unwrap().unwrap());
+}
+
+#[test]
+fn the_agents_own_connections_are_left_alone() {
+    let world = World::new();
+    let agent = world.enrol(true);
+    let namespace = agent.enrolment.namespace();
+    for (pod, out) in FAMILIES {
+        let listener = world
+            .outside
+            .enter(|| TcpListener::bind(at(out, 0)))
+            .unwrap()
+            .unwrap();
+        let to = listener.local_addr().unwrap();
+        let stream = world
+            .runtime
+            .block_on(mesh_agent::sock::connect(&*namespace, to, None))
+            .unwrap();
+        assert_eq!(stream.local_addr().unwrap().ip(), ip(pod));
+        assert_eq!(accept(&listener).1, stream.local_addr().unwrap());
+    }
+    assert_eq!(world.counter("passed_own"), 2);
+    assert_eq!(world.entries("OWN"), 0);
+}
+
+#[test]
+fn a_stranger_to_the_listener_has_no_destination() {
+    let world = World::new();
+    let agent = world.enrol(true);
+    let port = agent.listeners.outbound.local_addr().unwrap().port();
+    for address in ["127.0.0.1", POD4, "::1"] {
+        let refused = world
+            .pod
+            .enter(|| connect(at(address, port)))
+            .unwrap()
+            .unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+    }
+    assert_eq!(world.counter("refused_listener"), 3);
+}
+
+fn peer(socket: &Socket) -> SocketAddr {
+    socket.peer_addr().unwrap().as_socket().unwrap()
+}
+
+fn local(socket: &Socket) -> SocketAddr {
+    socket.local_addr().unwrap().as_socket().unwrap()
+}
+
+/// `connect` to AF_UNSPEC.
+fn disconnect(socket: &Socket) {
+    // SAFETY: all zero is a valid address of the family AF_UNSPEC, and that is its length.
+    let ((), unspecified) = unsafe {
+        SockAddr::try_init(|_, length| {
+            *length = libc::socklen_t::try_from(mem::size_of::<libc::sockaddr>()).unwrap_or(16);
+            Ok(())
+        })
+        .unwrap()
+    };
+    SockRef::from(socket).connect(&unspecified).unwrap();
 }

@@ -21,7 +21,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Dropped in this order: the keeper stops before the run's bpffs goes.
 pub(crate) struct World {
-    _keeper: Runtime,
+    pub(crate) runtime: Runtime,
     pub(crate) capture: Capture,
     pub(crate) pod: Netns,
     pub(crate) outside: Netns,
@@ -55,7 +55,7 @@ impl World {
         };
         let capture = Capture::start(&options).unwrap();
         Self {
-            _keeper: keeper(&capture),
+            runtime: keeper(&capture),
             capture,
             pod,
             outside,
