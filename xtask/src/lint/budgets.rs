@@ -226,6 +226,9 @@ mod tests {
         assert!(problems("xtask/src/a/b/mod.rs", "//! Doc.").is_empty());
         assert!(problems("tests/src/bin/peer/a/b.rs", "//! Doc.").is_empty());
         assert!(problems("tests/src/bin/peer.rs", "//! Doc.").is_empty());
+        assert!(problems("xtask/src/a/tests/mod.rs", "").is_empty());
+        assert!(problems("xtask/src/a/tests/b.rs", "").is_empty());
+        assert_eq!(problems("tests/src/a.rs", "").len(), 1);
         assert_eq!(
             problems("xtask/src/a/b/c.rs", "//! Doc."),
             ["xtask/src/a/b/c.rs:1: modules are at most 2 deep"]

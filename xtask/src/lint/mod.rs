@@ -38,6 +38,7 @@ pub(crate) fn run_steps(steps: &mut Steps) -> Result<()> {
             "--exclude",
             "mesh-ebpf",
             "--all-targets",
+            "--keep-going",
         ]);
         shell::run(clippy.args(["--", "--deny", "warnings"]))
     });

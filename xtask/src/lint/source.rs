@@ -29,9 +29,10 @@ impl Source {
         })
     }
 
-    /// Whether the file is the tests of the module beside it.
+    /// Whether the file is in the `tests` of a module, which are a file or a folder beside its code.
     pub(super) fn is_test(&self) -> bool {
-        self.path.file_name().is_some_and(|name| name == "tests.rs")
+        let mut below_src = self.path.iter().skip_while(|part| *part != "src");
+        below_src.any(|part| part == "tests.rs" || part == "tests")
     }
 }
 
