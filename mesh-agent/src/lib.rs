@@ -3,6 +3,7 @@
 pub mod admin;
 pub mod authz;
 pub mod balance;
+pub mod cli;
 pub mod config;
 pub mod discovery;
 pub mod dns;

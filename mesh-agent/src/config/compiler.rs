@@ -11,8 +11,9 @@ use super::check::{Issue, Issues};
 use super::claims::Claims;
 use super::file::{File, Origin};
 use super::index::{Change, Index, service_key, service_resource, shapes};
+use super::kind::Kind;
 use super::report::Report;
-use super::resource::{Document, Kind, Resource, ResourceKey, selects};
+use super::resource::{Document, Resource, ResourceKey, selects};
 use super::service::ServiceAddresses;
 use super::services::{Inputs, Targets};
 use super::vips::Vips;
@@ -56,6 +57,10 @@ impl Compiler {
             report: Report::default(),
             snapshot,
         }
+    }
+
+    pub fn settings(&self) -> &Settings {
+        &self.settings
     }
 
     pub fn snapshot(&self) -> &Snapshot {

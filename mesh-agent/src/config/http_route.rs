@@ -10,6 +10,7 @@ use super::check::{Issue, Issues, Port, is_dns_label, typed};
 use super::http_filter::{self, RawFilter};
 use super::http_match::{self, RawMatch};
 use super::http_policy::{self, RawRetry, RawTimeouts};
+use super::kind::GATEWAY_GROUP;
 use super::resource::{Meta, ResourceKey};
 use crate::model::{HeaderEdits, RequestMatch, RetryPolicy, ServiceKey, Timeouts};
 
@@ -159,7 +160,7 @@ fn parents(key: &ResourceKey, raw: Vec<RawParent>, issues: &mut Issues) -> Vec<P
     for (index, parent) in raw.into_iter().enumerate() {
         let path = format!("spec.parentRefs[{index}]");
         if !is_service(
-            parent.group.as_deref().unwrap_or("gateway.networking.k8s.io"),
+            parent.group.as_deref().unwrap_or(GATEWAY_GROUP),
             parent.kind.as_deref().unwrap_or("Gateway"),
         ) {
             // The same route may also be a Gateway's, which is served elsewhere.

@@ -9,10 +9,11 @@ use std::sync::Arc;
 use super::endpoint_slice::EndpointSlice;
 use super::file::{At, File, Origin};
 use super::http_route::HttpRoute;
+use super::kind::Kind;
 use super::peer_authentication::PeerAuthentication;
 use super::pod::Pod;
 use super::reference_grant::ReferenceGrant;
-use super::resource::{Document, Kind, Labels, Resource, ResourceKey};
+use super::resource::{Document, Labels, Resource, ResourceKey};
 use super::service::Service;
 use crate::model::ServiceKey;
 

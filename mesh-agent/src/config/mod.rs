@@ -16,6 +16,7 @@ mod http_match;
 mod http_policy;
 mod http_route;
 mod index;
+mod kind;
 mod peer_authentication;
 mod pod;
 mod read;
@@ -26,6 +27,7 @@ mod routes;
 mod service;
 mod services;
 mod strict;
+mod validate;
 mod vips;
 mod workloads;
 
@@ -35,6 +37,7 @@ pub use agent::{AccessLogFormat, AgentConfig, InvalidConfig, LogFormat};
 pub use compiler::Compiler;
 pub use file::{File, Origin};
 pub use read::{Listed, list, read_text};
+pub use validate::{Checked, validate};
 pub use vips::Vips;
 
 /// What the compiler has to know of the agent that it compiles for.

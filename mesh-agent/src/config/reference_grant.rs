@@ -4,7 +4,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::check::{Issue, Issues, typed};
-use super::resource::GATEWAY_GROUP;
+use super::kind::GATEWAY_GROUP;
 
 #[derive(Debug)]
 pub(crate) struct ReferenceGrant {

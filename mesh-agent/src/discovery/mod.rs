@@ -10,3 +10,6 @@ mod watch;
 
 pub use scan::FileSource;
 pub use watch::Watching;
+
+#[cfg(test)]
+mod tests;

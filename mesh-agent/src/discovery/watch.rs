@@ -37,13 +37,22 @@ pub struct Watching {
 impl FileSource {
     /// Publishes to `store` from now on whenever the files change.
     pub fn watch(self, store: Store) -> io::Result<Watching> {
+        self.watch_every(POLL, store, Folders::new)
+    }
+
+    pub(super) fn watch_every(
+        self,
+        poll: Duration,
+        store: Store,
+        folders: impl FnOnce(SyncSender<()>) -> Folders,
+    ) -> io::Result<Watching> {
         // One message is enough: it says "look again", not what happened.
         let (wake, events) = sync_channel(1);
         let stop = Arc::new(AtomicBool::new(false));
-        let watcher = Folders::new(wake.clone());
+        let folders = folders(wake.clone());
         let thread = thread::Builder::new().name("discovery".to_owned()).spawn({
             let stop = Arc::clone(&stop);
-            move || run(self, &store, watcher, &events, &stop)
+            move || run(self, &store, folders, &Wakes { events, poll }, &stop)
         })?;
         Ok(Watching {
             stop,
@@ -76,17 +85,11 @@ impl Drop for Watching {
     }
 }
 
-fn run(
-    mut source: FileSource,
-    store: &Store,
-    mut folders: Folders,
-    events: &Receiver<()>,
-    stop: &AtomicBool,
-) {
+fn run(mut source: FileSource, store: &Store, mut folders: Folders, wakes: &Wakes, stop: &AtomicBool) {
     source.save();
     let mut again = true;
     loop {
-        if !again && !wait(events) {
+        if !again && !wakes.wait() {
             return;
         }
         if stop.load(Ordering::Relaxed) {
@@ -102,31 +105,39 @@ fn run(
     }
 }
 
-/// Waits for an event and for the quiet after it, or for the time to poll. False when nobody can send any more.
-fn wait(events: &Receiver<()>) -> bool {
-    match events.recv_timeout(POLL) {
-        Ok(()) => {}
-        Err(RecvTimeoutError::Timeout) => return true,
-        Err(RecvTimeoutError::Disconnected) => return false,
-    }
-    for _ in 0..MAX_QUIET_WAITS {
-        match events.recv_timeout(QUIET) {
+/// When to look again.
+struct Wakes {
+    events: Receiver<()>,
+    poll: Duration,
+}
+
+impl Wakes {
+    /// Waits for an event and for the quiet after it, or for the time to poll. False when nobody can send any more.
+    fn wait(&self) -> bool {
+        match self.events.recv_timeout(self.poll) {
             Ok(()) => {}
             Err(RecvTimeoutError::Timeout) => return true,
             Err(RecvTimeoutError::Disconnected) => return false,
         }
+        for _ in 0..MAX_QUIET_WAITS {
+            match self.events.recv_timeout(QUIET) {
+                Ok(()) => {}
+                Err(RecvTimeoutError::Timeout) => return true,
+                Err(RecvTimeoutError::Disconnected) => return false,
+            }
+        }
+        true
     }
-    true
 }
 
 /// The folders that are watched. A folder is its path and its inode: a new one in an old place is watched anew.
-struct Folders {
+pub(super) struct Folders {
     watcher: Option<RecommendedWatcher>,
     watched: BTreeMap<PathBuf, (u64, u64)>,
 }
 
 impl Folders {
-    fn new(wake: SyncSender<()>) -> Self {
+    pub(super) fn new(wake: SyncSender<()>) -> Self {
         let handler = move |event: notify::Result<Event>| {
             // Our own reading makes events too, and must not wake us.
             let matters = event.map_or(true, |event| match event.kind {

@@ -1,0 +1,338 @@
+//! Real files, real events.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
+use std::thread;
+use std::time::Duration;
+
+use tempfile::TempDir;
+use tokio::time::Instant;
+
+use super::watch::Folders;
+use super::{FileSource, Watching};
+use crate::config::AgentConfig;
+use crate::model::Snapshot;
+use crate::store::Store;
+
+/// A machine that builds something else at the same time is slow; the events themselves take some 60 ms.
+const SOON: Duration = Duration::from_secs(5);
+const NEVER: Duration = Duration::from_secs(3600);
+
+struct World {
+    folder: TempDir,
+    config: AgentConfig,
+}
+
+impl World {
+    /// Watches `paths`, which are relative to the world's folder.
+    fn new(paths: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let mut config = AgentConfig::load(None, Some("node-a")).unwrap();
+        config.files = paths.iter().map(|path| folder.path().join(path)).collect();
+        config.state_dir = folder.path().join("state");
+        Self { folder, config }
+    }
+
+    fn path(&self, path: &str) -> PathBuf {
+        self.folder.path().join(path)
+    }
+
+    fn write(&self, path: &str, text: &str) {
+        fs::create_dir_all(self.path(path).parent().unwrap()).unwrap();
+        fs::write(self.path(path), text).unwrap();
+    }
+
+    fn open(&self) -> FileSource {
+        FileSource::open(&self.config)
+    }
+
+    /// With events alone: the poll would come too late for any test.
+    fn watch(&self) -> Running {
+        let source = self.open();
+        let store = Store::new(source.snapshot().clone());
+        let watching = source.watch_every(NEVER, store.clone(), Folders::new).unwrap();
+        Running {
+            store,
+            _watching: watching,
+        }
+    }
+}
+
+struct Running {
+    store: Store,
+    _watching: Watching,
+}
+
+impl Running {
+    fn until(&self, what: &str, condition: impl Fn(&Snapshot) -> bool) -> Arc<Snapshot> {
+        let start = Instant::now();
+        loop {
+            let snapshot = self.store.load();
+            if condition(&snapshot) {
+                return snapshot;
+            }
+            assert!(
+                start.elapsed() < SOON,
+                "{what}: {:#?}",
+                (names(&snapshot), &snapshot.rejected)
+            );
+            thread::park_timeout(Duration::from_millis(2));
+        }
+    }
+
+    fn until_names(&self, expected: &[&str]) -> Arc<Snapshot> {
+        self.until(&format!("{expected:?}"), |snapshot| names(snapshot) == expected)
+    }
+}
+
+fn names(snapshot: &Snapshot) -> Vec<String> {
+    let mut names: Vec<_> = snapshot
+        .workloads
+        .values()
+        .map(|workload| workload.name.to_string())
+        .collect();
+    names.sort();
+    names
+}
+
+fn pod(name: &str, ip: u8) -> String {
+    format!("---\napiVersion: v1\nkind: Pod\nmetadata: {{name: {name}}}\nstatus: {{podIP: 10.0.0.{ip}}}\n")
+}
+
+const SERVICE: &str =
+    "---\napiVersion: v1\nkind: Service\nmetadata: {name: web}\nspec: {ports: [{port: 80}]}\n";
+
+#[test]
+fn files_come_change_and_go() {
+    let world = World::new(&["pods", "one.yaml"]);
+    world.write("pods/a.yaml", &pod("a", 1));
+    world.write("one.yaml", &pod("one", 9));
+    let running = world.watch();
+    running.until_names(&["a", "one"]);
+
+    world.write("pods/b.yaml", &pod("b", 2));
+    running.until_names(&["a", "b", "one"]);
+    world.write("pods/b.yaml", &pod("c", 2));
+    running.until_names(&["a", "c", "one"]);
+    // The same length at once after: no time stamp has to tell them apart.
+    world.write("pods/b.yaml", &pod("d", 2));
+    running.until_names(&["a", "d", "one"]);
+    // As editors do.
+    world.write("pods/.a.yaml.swp", "x");
+    world.write("pods/a.yaml~", &pod("x", 1));
+    world.write("pods/.new", &pod("e", 1));
+    fs::rename(world.path("pods/.new"), world.path("pods/a.yaml")).unwrap();
+    running.until_names(&["d", "e", "one"]);
+    fs::remove_file(world.path("pods/b.yaml")).unwrap();
+    running.until_names(&["e", "one"]);
+    fs::remove_file(world.path("one.yaml")).unwrap();
+    let snapshot = running.until_names(&["e"]);
+    assert!(
+        snapshot.rejected[0].message.contains("cannot be read"),
+        "{:?}",
+        snapshot.rejected
+    );
+    world.write("one.yaml", &pod("two", 9));
+    let snapshot = running.until_names(&["e", "two"]);
+    assert_eq!(*snapshot.rejected, []);
+}
+
+#[test]
+fn links_are_swapped_as_kubernetes_does() {
+    let world = World::new(&["map"]);
+    world.write("map/..1/a.yaml", &pod("old", 1));
+    world.write("map/..2/a.yaml", &pod("new", 1));
+    symlink("..1", world.path("map/..data")).unwrap();
+    symlink("..data/a.yaml", world.path("map/a.yaml")).unwrap();
+    let running = world.watch();
+    running.until_names(&["old"]);
+    symlink("..2", world.path("map/..data_tmp")).unwrap();
+    fs::rename(world.path("map/..data_tmp"), world.path("map/..data")).unwrap();
+    running.until_names(&["new"]);
+}
+
+#[test]
+fn what_a_link_leads_to_is_watched_too() {
+    let world = World::new(&["pods"]);
+    world.write("elsewhere/a.yaml", &pod("old", 1));
+    fs::create_dir(world.path("pods")).unwrap();
+    symlink(world.path("elsewhere/a.yaml"), world.path("pods/a.yaml")).unwrap();
+    let running = world.watch();
+    running.until_names(&["old"]);
+    world.write("elsewhere/a.yaml", &pod("new", 1));
+    running.until_names(&["new"]);
+}
+
+#[test]
+fn a_folder_may_come_later_and_be_replaced() {
+    let world = World::new(&["not/yet"]);
+    let running = world.watch();
+    let snapshot = running.until_names(&[]);
+    assert_eq!(
+        snapshot.rejected.len(),
+        1,
+        "a folder that is not there is reported"
+    );
+    world.write("not/yet/a.yaml", &pod("a", 1));
+    let snapshot = running.until_names(&["a"]);
+    assert_eq!(*snapshot.rejected, []);
+    // Another folder in its place.
+    world.write("not/next/b.yaml", &pod("b", 1));
+    fs::rename(world.path("not/yet"), world.path("not/old")).unwrap();
+    fs::rename(world.path("not/next"), world.path("not/yet")).unwrap();
+    running.until_names(&["b"]);
+    world.write("not/yet/c.yaml", &pod("c", 2));
+    running.until_names(&["b", "c"]);
+}
+
+#[test]
+fn what_becomes_bad_stays_as_it_was() {
+    let world = World::new(&["pods"]);
+    world.write("pods/a.yaml", &[pod("a", 1), pod("b", 2)].concat());
+    let running = world.watch();
+    let good = running.until_names(&["a", "b"]);
+
+    world.write(
+        "pods/a.yaml",
+        &[pod("a", 3), "---\nkind: [\n".to_owned()].concat(),
+    );
+    let snapshot = running.until("a moves", |snapshot| snapshot.rejected.len() == 1);
+    assert_eq!(names(&snapshot), ["a", "b"]);
+    assert_ne!(
+        snapshot.workloads.get("default/a"),
+        good.workloads.get("default/a")
+    );
+    assert_eq!(
+        snapshot.workloads.get("default/b"),
+        good.workloads.get("default/b")
+    );
+
+    fs::write(world.path("pods/a.yaml"), [0xff, 0xfe]).unwrap();
+    let snapshot = running.until("not text", |snapshot| {
+        snapshot.rejected[0].message.contains("is not UTF-8")
+    });
+    assert_eq!(names(&snapshot), ["a", "b"]);
+    // A folder that is not there is more likely not mounted than meant.
+    fs::rename(world.path("pods"), world.path("away")).unwrap();
+    let snapshot = running.until("folder gone", |snapshot| {
+        snapshot
+            .rejected
+            .iter()
+            .any(|finding| finding.message.contains("cannot be read"))
+    });
+    assert_eq!(names(&snapshot), ["a", "b"]);
+    fs::create_dir(world.path("pods")).unwrap();
+    running.until_names(&[]);
+}
+
+#[test]
+fn the_last_good_state_outlives_the_agent() {
+    let world = World::new(&["pods", "one.yaml"]);
+    world.write("pods/a.yaml", &[pod("a", 1), SERVICE.to_owned()].concat());
+    world.write("one.yaml", &pod("one", 9));
+    let vips = {
+        let mut source = world.open();
+        source.save();
+        let services = source
+            .snapshot()
+            .services
+            .values()
+            .map(|service| service.vips.clone());
+        services.collect::<Vec<_>>()
+    };
+    // Nothing can be read at the next start.
+    fs::rename(world.path("pods"), world.path("away")).unwrap();
+    fs::remove_file(world.path("one.yaml")).unwrap();
+    let source = world.open();
+    assert_eq!(names(source.snapshot()), ["a", "one"]);
+    assert_eq!(
+        source.snapshot().rejected.len(),
+        2,
+        "{:?}",
+        source.snapshot().rejected
+    );
+    let services = source
+        .snapshot()
+        .services
+        .values()
+        .map(|service| service.vips.clone());
+    assert_eq!(services.collect::<Vec<_>>(), vips);
+
+    // A document that is bad at the start has a last good version, too; one that was taken away has not.
+    world.write("one.yaml", &pod("one", 9).replace("10.0.0", "x"));
+    fs::create_dir(world.path("pods")).unwrap();
+    let mut source = world.open();
+    assert_eq!(names(source.snapshot()), ["one"]);
+    source.save();
+    assert_eq!(names(world.open().snapshot()), ["one"]);
+}
+
+#[test]
+fn a_state_that_cannot_be_used_is_left() {
+    let world = World::new(&["pods"]);
+    for state in [
+        "",
+        "{",
+        "[]",
+        "{\"version\": 2, \"files\": 1}",
+        "{\"version\": 1}",
+    ] {
+        world.write("state/resources.json", state);
+        assert_eq!(names(world.open().snapshot()), [""; 0], "{state}");
+    }
+    world.write("pods/a.yaml", &pod("a", 1));
+    let mut source = world.open();
+    source.save();
+    let state = world.path("state/resources.json");
+    assert_eq!(mode(&state), 0o600);
+    // The bytes on disk are the whole truth.
+    let text = fs::read_to_string(&state).unwrap();
+    fs::write(&state, text.replace("10.0.0.1", "10.0.0.7")).unwrap();
+    fs::remove_dir_all(world.path("pods")).unwrap();
+    let source = world.open();
+    assert_eq!(
+        source.snapshot().workloads.get("default/a").unwrap().addresses[0].to_string(),
+        "10.0.0.7"
+    );
+}
+
+fn mode(path: &Path) -> u32 {
+    use std::os::unix::fs::PermissionsExt;
+    fs::metadata(path).unwrap().permissions().mode() & 0o777
+}
+
+#[test]
+fn without_events_the_poll_sees_it() {
+    let world = World::new(&["pods"]);
+    world.write("pods/a.yaml", &pod("a", 1));
+    let source = world.open();
+    let store = Store::new(source.snapshot().clone());
+    let watching = source
+        .watch_every(Duration::from_millis(20), store.clone(), |_| {
+            Folders::new(sync_channel(1).0)
+        })
+        .unwrap();
+    let running = Running {
+        store,
+        _watching: watching,
+    };
+    world.write("pods/b.yaml", &pod("b", 2));
+    running.until_names(&["a", "b"]);
+}
+
+#[test]
+fn nothing_is_published_when_nothing_changed() {
+    let world = World::new(&["pods"]);
+    world.write("pods/a.yaml", &pod("a", 1));
+    let mut source = world.open();
+    assert!(!source.scan());
+    world.write("pods/a.yaml", &pod("a", 1));
+    assert!(!source.scan(), "the same text again");
+    let generation = source.snapshot().generation;
+    world.write("pods/a.yaml", &pod("b", 1));
+    assert!(source.scan());
+    assert_eq!(source.snapshot().generation, generation + 1);
+}
