@@ -103,6 +103,22 @@ impl NetPort {
         Self(port)
     }
 
+    /// From a context's 32-bit field in host byte order.
+    #[must_use]
+    #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "the kernel widens ports")]
+    pub const fn from_host_word(port: u32) -> Self {
+        Self::from_host(port as u16)
+    }
+
+    /// From a context's 32-bit field whose first two bytes are the port in network byte order.
+    #[must_use]
+    #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "the kernel widens ports")]
+    pub const fn from_net_word(port: u32) -> Self {
+        Self::from_net(port as u16)
+    }
+
     #[must_use]
     #[inline(always)]
     pub const fn host(self) -> u16 {

@@ -49,4 +49,5 @@ counters! {
     RefusedAssign = "refused_assign",
 }
 
+#[expect(clippy::cast_possible_truncation, reason = "there are a few dozen")]
 pub const COUNT: u32 = ALL.len() as u32;

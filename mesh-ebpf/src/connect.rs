@@ -94,5 +94,5 @@ pub(crate) fn dials_listener(port: NetPort, entry: &WorkloadEntry) -> bool {
 fn made_up_port() -> NetPort {
     // SAFETY: takes nothing.
     let random = unsafe { bpf_get_prandom_u32() };
-    NetPort::from_host(REDIRECT_PORT_FIRST + (random % REDIRECT_PORT_COUNT as u32) as u16)
+    NetPort::from_host_word(u32::from(REDIRECT_PORT_FIRST) + random % u32::from(REDIRECT_PORT_COUNT))
 }

@@ -118,7 +118,7 @@ impl Addr {
             Family::V4 => NetAddr::from_v4_word(read!((*self.ctx).user_ip4)),
             Family::V6 => NetAddr::from_v6_words(read4!((*self.ctx).user_ip6)),
         };
-        NetEndpoint::new(addr, NetPort::from_net(read!((*self.ctx).user_port) as u16))
+        NetEndpoint::new(addr, NetPort::from_net_word(read!((*self.ctx).user_port)))
     }
 
     /// An IPv4 address stays mapped in an IPv6 hook; an IPv6 one cannot be told in an IPv4 hook.
@@ -148,7 +148,7 @@ impl Addr {
         match self.family {
             Family::V4 => {
                 let mut source = SockaddrIn {
-                    family: AF_INET as u16,
+                    family: AF_INET,
                     port: 0,
                     addr: own.v4_word(),
                     zero: [0; 2],
@@ -182,7 +182,10 @@ impl Addr {
     #[inline(always)]
     pub(crate) fn subflow_record(&self) -> Option<SocketRecord> {
         let peer = self.endpoint();
-        let (sport, dport) = (peer.port.net(), (read!((*self.sk()).src_port) as u16).to_be());
+        let (sport, dport) = (
+            peer.port.net(),
+            NetPort::from_host_word(read!((*self.sk()).src_port)).net(),
+        );
         let mut tuple: bpf_sock_tuple__bindgen_ty_1 = if peer.addr.is_v4() {
             let (saddr, daddr) = (peer.addr.v4_word(), read!((*self.sk()).src_ip4));
             let ipv4 = bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1 {
@@ -240,14 +243,14 @@ impl Addr {
 /// into one at a computed offset, which the verifier refuses ("dereference of modified ctx ptr").
 #[inline(always)]
 pub(crate) fn either(family: u32, v4: u32, v6: [u32; 4]) -> NetAddr {
-    if family == AF_INET {
+    if family == u32::from(AF_INET) {
         NetAddr::from_v4_word(v4)
     } else {
         NetAddr::from_v6_words(v6)
     }
 }
 
-const AF_INET: u32 = 2;
+const AF_INET: u16 = 2;
 const AF_INET6: u16 = 10;
 
 /// `struct sockaddr_in`.

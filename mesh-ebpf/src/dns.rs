@@ -60,7 +60,7 @@ pub(crate) fn recvmsg(ctx: &Addr) -> Verdict {
                 reserved: 0,
             };
             // SAFETY: an entry is written once and removed with its workload.
-            if let Some(server) = unsafe { DNS_SERVERS.get(&slot) } {
+            if let Some(server) = unsafe { DNS_SERVERS.get(slot) } {
                 ctx.rewrite(server);
             }
         }
@@ -147,7 +147,7 @@ fn claim(key: u64, slot: u32, server: &NetEndpoint) -> bool {
     // A lookup first: nearly every query is for a server known already, and an insert takes a lock.
     holds(&slot, server) || {
         // Two CPUs may claim one slot at once; one of them wins, and both look who it was.
-        let _ = DNS_SERVERS.insert(&slot, server, u64::from(BPF_NOEXIST));
+        let _ = DNS_SERVERS.insert(slot, server, u64::from(BPF_NOEXIST));
         holds(&slot, server)
     }
 }

@@ -35,7 +35,7 @@ pub(crate) fn lookup(ctx: &SkLookupContext) -> u32 {
     };
     let from_inside = is_own(&remote.addr, entry) || remote.addr.is_loopback();
     // SAFETY: a flow is removed when its connection is accepted or closed, both after this.
-    if let Some(found) = unsafe { FLOWS.get(&flow) }
+    if let Some(found) = unsafe { FLOWS.get(flow) }
         && found.kind == flow_kind::OUTBOUND
     {
         return match assign(ctx, key, listener_kind::OUTBOUND) {
@@ -48,7 +48,7 @@ pub(crate) fn lookup(ctx: &SkLookupContext) -> u32 {
         return SK_DROP;
     }
     if from_inside {
-        return if REFUSED.get_ptr(&flow).is_some() {
+        return if REFUSED.get_ptr(flow).is_some() {
             SK_DROP
         } else {
             SK_PASS
@@ -113,6 +113,6 @@ fn endpoints(ctx: *mut bpf_sk_lookup) -> (NetEndpoint, NetEndpoint) {
     let local = either(family, read!((*ctx).local_ip4), read4!((*ctx).local_ip6));
     (
         NetEndpoint::new(remote, NetPort::from_net(read!((*ctx).remote_port))),
-        NetEndpoint::new(local, NetPort::from_host(read!((*ctx).local_port) as u16)),
+        NetEndpoint::new(local, NetPort::from_host_word(read!((*ctx).local_port))),
     )
 }

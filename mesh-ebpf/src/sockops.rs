@@ -71,15 +71,15 @@ fn note(ctx: &SockOpsContext, workload: u64, endpoint: NetEndpoint, kind: u32) {
         endpoint,
         kind,
     };
-    if FLOWS.insert(&key, &flow, u64::from(BPF_ANY)).is_err() {
+    if FLOWS.insert(key, flow, u64::from(BPF_ANY)).is_err() {
         count(Counter::RefusedMapFull);
         // The connection cannot be stopped here; `sk_lookup` will reset it.
-        let _ = REFUSED.insert(&key, &0, u64::from(BPF_ANY));
+        let _ = REFUSED.insert(key, 0, u64::from(BPF_ANY));
         return;
     }
     let flags = read!((*ctx.ops).bpf_sock_ops_cb_flags) | BPF_SOCK_OPS_STATE_CB_FLAG;
     // Fails for no socket that has come so far.
-    let _ = ctx.set_cb_flags(flags as i32);
+    let _ = ctx.set_cb_flags(flags.cast_signed());
 }
 
 /// An application (or the agent) got a connection: does somebody speak for another here?
@@ -97,7 +97,7 @@ fn accepted(ctx: &SockOpsContext) {
         destination: local(ctx),
     };
     // SAFETY: the flow is removed only here and when its connection closes.
-    let Some(flow) = (unsafe { FLOWS.get(&key) }) else {
+    let Some(flow) = (unsafe { FLOWS.get(key) }) else {
         return;
     };
     let Flow { endpoint, kind, .. } = *flow;
@@ -109,7 +109,7 @@ fn accepted(ctx: &SockOpsContext) {
             kind: socket_kind::ACCEPTED,
         };
         set_socket_record(sk, record);
-        let _ = FLOWS.remove(&key);
+        let _ = FLOWS.remove(key);
     }
 }
 
@@ -132,8 +132,8 @@ fn state_changed(ctx: &SockOpsContext) {
         destination: remote(ctx),
     };
     if from == BPF_TCP_SYN_SENT || record.kind != socket_kind::REDIRECTED {
-        let _ = FLOWS.remove(&key);
-    } else if let Some(flow) = FLOWS.get_ptr_mut(&key) {
+        let _ = FLOWS.remove(key);
+    } else if let Some(flow) = FLOWS.get_ptr_mut(key) {
         // Written, closed, but perhaps not accepted yet: the agent still needs to know where the bytes go.
         // SAFETY: the kernel's pointer to the value, and one word.
         unsafe { (*flow).closed_at = bpf_ktime_get_ns() };
@@ -160,7 +160,7 @@ fn local(ctx: &SockOpsContext) -> NetEndpoint {
         read4!((*ops).local_ip6),
     );
     // The one port that the kernel gives in host byte order.
-    NetEndpoint::new(addr, NetPort::from_host(read!((*ops).local_port) as u16))
+    NetEndpoint::new(addr, NetPort::from_host_word(read!((*ops).local_port)))
 }
 
 #[inline(always)]
@@ -174,6 +174,6 @@ fn remote(ctx: &SockOpsContext) -> NetEndpoint {
     // A 32-bit value in network byte order.
     NetEndpoint::new(
         addr,
-        NetPort::from_host(u32::from_be(read!((*ops).remote_port)) as u16),
+        NetPort::from_host_word(u32::from_be(read!((*ops).remote_port))),
     )
 }

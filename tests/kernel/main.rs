@@ -1,6 +1,7 @@
 //! The kernel side with its keeper, and a tiny agent in the test itself: every promise of the capture.
 //!
 //! Needs root, cgroup2 and eBPF; fails, rather than skips, where these are missing.
+#![expect(clippy::unwrap_used, reason = "what fails in a helper fails the test")]
 
 mod dns;
 mod inbound;

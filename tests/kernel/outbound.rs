@@ -1,7 +1,6 @@
 //! Connections that a workload makes.
 
 use std::io::{self, Read as _, Write as _};
-use std::mem;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
@@ -300,7 +299,7 @@ fn disconnect(socket: &Socket) {
     // SAFETY: all zero is a valid address of the family AF_UNSPEC, and that is its length.
     let ((), unspecified) = unsafe {
         SockAddr::try_init(|_, length| {
-            *length = libc::socklen_t::try_from(mem::size_of::<libc::sockaddr>()).unwrap_or(16);
+            *length = libc::socklen_t::try_from(size_of::<libc::sockaddr>()).unwrap_or(16);
             Ok(())
         })
         .unwrap()

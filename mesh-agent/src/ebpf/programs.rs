@@ -78,7 +78,7 @@ pub(super) fn attach_cgroup(folders: &Folders, cgroup: &File, max_flows: u32) ->
     let mut object = load(folders, 0, max_flows)?;
     for hook in &HOOKS {
         let program = verified(&mut object, hook.program)?;
-        let fd = program_fd(&program, hook.program)?;
+        let fd = program_fd(program, hook.program)?;
         attach(
             fd.as_fd(),
             cgroup.as_fd(),
@@ -97,7 +97,7 @@ pub(super) fn attach_lookup(
 ) -> Result<(), CaptureError> {
     let mut object = load(folders, workload, maps::MAX_FLOWS)?;
     let program = verified(&mut object, LOOKUP_PROGRAM)?;
-    let fd = program_fd(&program, LOOKUP_PROGRAM)?;
+    let fd = program_fd(program, LOOKUP_PROGRAM)?;
     attach(
         fd.as_fd(),
         netns,
