@@ -1,3 +1,17 @@
 //! End-to-end tests: real kernel, real network namespaces, two agents, real peers.
+//!
+//! Each test has a mesh of its own, so they run in parallel and may kill what they like.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
+
+mod common;
+mod dns;
 mod fixture;
+mod grpc;
+mod http;
+mod mtls;
+mod pods;
+mod retries;
+mod routes;
+mod seeing;
+mod tcp;

@@ -96,6 +96,32 @@ impl Agent {
         http::get_json(self.admin, path)
     }
 
+    /// The agent's program, for its other commands.
+    pub fn command(&self) -> Command {
+        Command::new(&self.program)
+    }
+
+    /// Has the agent read a copy of the resources of this moment: it learns of no change to the others'.
+    pub fn freeze_resources(&mut self, run: &Run) -> Result<()> {
+        let (all, copy) = (
+            run.dir().join("resources"),
+            run.dir().join(format!("{}-resources", self.node)),
+        );
+        fs::create_dir(&copy)?;
+        for entry in fs::read_dir(&all)? {
+            let entry = entry?;
+            fs::copy(entry.path(), copy.join(entry.file_name()))?;
+        }
+        let text = fs::read_to_string(&self.config)?;
+        let line = format!("files: [{}]", all.display());
+        fs::write(
+            &self.config,
+            text.replace(&line, &format!("files: [{}]", copy.display())),
+        )?;
+        self.stop(START)?;
+        self.start(run)
+    }
+
     /// What Prometheus would read.
     pub fn metrics(&self) -> Result<Samples> {
         Ok(Samples::parse(&http::get(self.metrics, "/metrics")?))

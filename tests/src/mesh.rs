@@ -87,6 +87,20 @@ impl Mesh {
 
     /// A pod without programs. With agents, it is enrolled when this returns.
     pub fn pod(&mut self, spec: PodSpec) -> Result<Pod> {
+        let pod = self.place(spec)?;
+        self.announce(&pod)?;
+        if !self.agents.is_empty() {
+            self.wait_known(&pod)?;
+        }
+        Ok(pod)
+    }
+
+    /// A pod that no document tells of.
+    pub fn stranger(&mut self, name: &str, node: usize) -> Result<Pod> {
+        self.place(PodSpec::new(name, node))
+    }
+
+    fn place(&mut self, spec: PodSpec) -> Result<Pod> {
         let last = self.last.get_mut(spec.node).context("there are two nodes")?;
         *last += 1;
         let [v4, v6] = wire::pod_addresses(spec.node, *last)?;
@@ -98,21 +112,28 @@ impl Mesh {
         netns.set_resolv_conf(&format!(
             "nameserver {NAMESERVER}\nsearch {search}\noptions ndots:5\n"
         ))?;
-        let port = format!("pod{last}");
-        self.wire.attach(spec.node, &port, &netns, &[v4, v6])?;
-        let pod = Pod {
+        self.wire.attach(spec.node, &netns, &[v4, v6])?;
+        Ok(Pod {
             spec,
             netns,
             v4,
             v6,
             peer: self.peer.clone(),
             servers: Vec::new(),
-        };
-        self.announce(&pod)?;
-        if !self.agents.is_empty() {
-            self.wait_known(&pod)?;
-        }
-        Ok(pod)
+        })
+    }
+
+    /// Deletes a pod's namespace, and after `meanwhile` puts a new one of that name and address in its place.
+    pub fn replace_netns(&self, pod: &mut Pod, meanwhile: impl FnOnce() -> Result<()>) -> Result<()> {
+        pod.kill_servers();
+        let name = pod.netns.name().to_owned();
+        Netns::delete(&name);
+        meanwhile()?;
+        let new = Netns::create(&name)?;
+        self.wire.attach(pod.spec.node, &new, &[pod.v4, pod.v6])?;
+        // The old one would delete its successor.
+        std::mem::forget(std::mem::replace(&mut pod.netns, new));
+        Ok(())
     }
 
     /// Writes the pod's document.

@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use crate::{Netns, Run, shell};
 
@@ -47,8 +47,13 @@ impl Wire {
 
     /// Gives a namespace an interface on a node's bridge. All addresses are on one link, as is everything else:
     /// the default route has no gateway.
-    pub(crate) fn attach(&self, node: usize, port: &str, netns: &Netns, addresses: &[IpAddr]) -> Result<()> {
+    pub(crate) fn attach(&self, node: usize, netns: &Netns, addresses: &[IpAddr]) -> Result<()> {
         let bridge = self.bridge(node)?.name();
+        let [IpAddr::V4(address), ..] = addresses else {
+            bail!("an IPv4 address comes first");
+        };
+        // Unique on the node, and short enough for an interface.
+        let port = format!("pod{}", address.octets()[3]);
         let lines = [
             format!("link add {port} type veth peer name eth0 netns {}", netns.name()),
             format!("link set {port} master br0 up"),

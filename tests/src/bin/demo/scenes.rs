@@ -7,8 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use mesh_tests::metrics::Samples;
-use mesh_tests::{Mesh, Pod, Seen};
+use mesh_tests::{Mesh, Pod, Samples, Seen};
 use serde_json::Value;
 
 use crate::shop::{HTTP, Shop};

@@ -1,10 +1,11 @@
 //! The other side of the tests: servers and a load generator that run inside pods.
 //!
-//! `mesh-peer http|greeter|echo NAME PORT` listens at all addresses, IPv4 and IPv6, and says so when it does;
+//! `mesh-peer http|greeter|echo|dns NAME PORT` listens at all addresses, IPv4 and IPv6, and says so when it does;
 //! `mesh-peer front NAME PORT` is an HTTP server that answers with what the service `reviews` answers;
 //! `mesh-peer load URL [OPTIONS]` sends requests and prints a report as JSON.
 
 mod client;
+mod dns;
 mod front;
 mod http;
 mod load;
@@ -23,7 +24,7 @@ async fn main() -> Result<()> {
     match args[..] {
         ["load", url, ref options @ ..] => load::run(url, options).await,
         [kind, name, port] => serve(kind, name, port.parse()?).await,
-        _ => bail!("usage: mesh-peer http|front|greeter|echo NAME PORT | mesh-peer load URL [OPTIONS]"),
+        _ => bail!("usage: mesh-peer http|front|greeter|echo|dns NAME PORT | mesh-peer load URL [OPTIONS]"),
     }
 }
 
@@ -31,6 +32,9 @@ async fn serve(kind: &str, name: &str, port: u16) -> Result<()> {
     let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, port))
         .await
         .with_context(|| format!("cannot listen at port {port}"))?;
+    if kind == "dns" {
+        tokio::spawn(dns::serve_udp(name.to_owned(), port));
+    }
     eprintln!("listening at port {port}");
     let pool = Arc::default();
     loop {
@@ -42,6 +46,7 @@ async fn serve(kind: &str, name: &str, port: u16) -> Result<()> {
             "http" => tokio::spawn(http::serve(stream, peer, name)),
             "front" => tokio::spawn(front::serve(stream, Arc::clone(&pool))),
             "greeter" => tokio::spawn(tcp::greet(stream, peer, name)),
+            "dns" => tokio::spawn(dns::serve_tcp(stream, name)),
             "echo" => tokio::spawn(tcp::echo(stream)),
             other => bail!("there is no server {other}"),
         };

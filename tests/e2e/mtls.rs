@@ -1,0 +1,213 @@
+//! Between the nodes: encrypted, authenticated, and refused where it must be.
+
+use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::time::Duration;
+
+use mesh_tests::{Pod, PodSpec, until_ok};
+
+use crate::common::{HTTP, WEB_V4, seen, seen_header, try_connect, web};
+
+fn peer_authentication(mode: &str) -> String {
+    format!(
+        "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {{name: default, namespace: shop}}\n\
+         spec: {{mtls: {{mode: {mode}}}}}\n"
+    )
+}
+
+/// A request with the marker in header and body; the server sends both back.
+fn send_marker(client: &Pod, marker: &str) {
+    let header = format!("x-secret: {marker}");
+    let response = client
+        .curl(&[
+            "--header",
+            &header,
+            "--data",
+            marker,
+            &format!("http://{WEB_V4}/"),
+        ])
+        .unwrap();
+    assert_eq!(seen(&response)["body"], marker);
+    assert_eq!(response.header("x-secret-too"), Some(marker));
+}
+
+#[test]
+fn nothing_is_readable_between_the_nodes() {
+    let mut web = web();
+    let capture = web.mesh.capture("mtls").unwrap();
+    for n in 0..20 {
+        send_marker(&web.client, &format!("marker-{n}-d7a8fbb307d7"));
+    }
+    let captured = capture.stop().unwrap();
+    assert!(!captured.contains(b"d7a8fbb307d7"));
+    assert!(captured.is_all_tls());
+    assert!(
+        captured.bytes_of_port(15008) > 10_000,
+        "{}",
+        captured.bytes_of_port(15008)
+    );
+    assert_eq!(captured.bytes_of_port(15008), captured.bytes());
+
+    // The same recording finds what is sent in clear: a pod without agent, and a server that allows it.
+    let plain = web.mesh.pod(PodSpec::new("plain", 0).unmeshed()).unwrap();
+    let capture = web.mesh.capture("clear").unwrap();
+    let url = format!("http://{}/", web.server.at(HTTP));
+    let response = plain
+        .curl(&["--header", "x-secret: marker-9e107d9d372b", &url])
+        .unwrap();
+    assert_eq!(response.status, 200);
+    assert!(capture.stop().unwrap().contains(b"marker-9e107d9d372b"));
+}
+
+#[test]
+fn clear_text_passes_where_permitted_and_is_refused_where_strict() {
+    let mut web = web();
+    let plain = web.mesh.pod(PodSpec::new("plain", 0).unmeshed()).unwrap();
+    let url = format!("http://{}/", web.server.at(HTTP));
+    let response = plain.curl(&[&url]).unwrap();
+    let peer = seen(&response)["peer"].as_str().unwrap().to_owned();
+    assert!(peer.starts_with(&format!("{}:", plain.v4)), "the app sees {peer}");
+
+    web.mesh.apply("policy", &peer_authentication("STRICT")).unwrap();
+    until_ok(
+        "clear text to be refused",
+        Duration::from_secs(5),
+        || match plain.curl(&[&url]) {
+            Ok(response) => anyhow::bail!("it got {}", response.status),
+            Err(_) => Ok(()),
+        },
+    )
+    .unwrap();
+    // From inside the mesh it goes on.
+    assert_eq!(web.client.curl(&[&url]).unwrap().status, 200);
+    let refused = web.mesh.agents[1]
+        .metrics()
+        .unwrap()
+        .sum("mesh_agent_plaintext_refused_total", &[]);
+    assert!(refused >= 1.0);
+
+    // One port of it differs.
+    web.mesh
+        .apply(
+            "policy-port",
+            "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: web, namespace: shop}\n\
+             spec: {selector: {matchLabels: {app: web}}, mtls: {mode: STRICT}, portLevelMtls: {8080: {mode: PERMISSIVE}}}\n",
+        )
+        .unwrap();
+    until_ok("clear text to pass again", Duration::from_secs(5), || {
+        let response = plain.curl(&[&url])?;
+        anyhow::ensure!(response.status == 200);
+        Ok(())
+    })
+    .unwrap();
+}
+
+#[test]
+fn on_the_same_node_the_same_checks_hold_without_tls() {
+    let mut web = web();
+    let beside = web.mesh.pod(PodSpec::new("beside", 1)).unwrap();
+    let plain = web.mesh.pod(PodSpec::new("plain", 1).unmeshed()).unwrap();
+    web.mesh.apply("policy", &peer_authentication("STRICT")).unwrap();
+    let url = format!("http://{}/", web.server.at(HTTP));
+    until_ok(
+        "clear text to be refused",
+        Duration::from_secs(5),
+        || match plain.curl(&[&url]) {
+            Ok(response) => anyhow::bail!("it got {}", response.status),
+            Err(_) => Ok(()),
+        },
+    )
+    .unwrap();
+    let capture = web.mesh.capture("same-node").unwrap();
+    let seen = seen(&beside.curl(&[&format!("http://{WEB_V4}/")]).unwrap());
+    let certificate = seen_header(&seen, "x-forwarded-client-cert").unwrap_or_default();
+    assert!(
+        certificate.contains("spiffe://cluster.local/ns/shop/sa/beside"),
+        "{seen}"
+    );
+    assert!(
+        seen["peer"]
+            .as_str()
+            .unwrap()
+            .starts_with(&format!("{}:", beside.v4)),
+        "{seen}"
+    );
+    assert_eq!(capture.stop().unwrap().bytes(), 0, "nothing of it left the node");
+}
+
+#[test]
+fn a_workload_with_another_identity_at_that_address_is_refused() {
+    let mut web = web();
+    // Only the client's agent is told that somebody else is there.
+    web.mesh.agents[1].freeze_resources(&web.mesh.run).unwrap();
+    web.server.spec = web.server.spec.clone().service_account("somebody-else");
+    web.mesh.announce(&web.server).unwrap();
+    until_ok("the peer to be refused", Duration::from_secs(10), || {
+        let response = web.client.curl(&[&format!("http://{WEB_V4}/")])?;
+        anyhow::ensure!(response.status == 503, "{response:?}");
+        Ok(())
+    })
+    .unwrap();
+    let counted = web.mesh.agents[0]
+        .metrics()
+        .unwrap()
+        .sum("mesh_agent_peer_identity_mismatches_total", &[]);
+    assert!(counted >= 1.0, "{counted}");
+}
+
+#[test]
+fn the_port_between_agents_takes_only_mtls() {
+    let mut web = web();
+    let stranger = web.mesh.stranger("stranger", 0).unwrap();
+    let at = web.server.at(15008);
+    // TLS without a client certificate.
+    let mut openssl = stranger.command("openssl");
+    openssl.args([
+        "s_client",
+        "-connect",
+        &at.to_string(),
+        "-tls1_3",
+        "-alpn",
+        "h2",
+        "-ign_eof",
+    ]);
+    let output = mesh_tests::shell::raw(&mut openssl).unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(
+        said.contains("certificate required") || said.contains("alert"),
+        "{said}"
+    );
+    // No TLS at all.
+    let stream = try_connect(&stranger, at).unwrap();
+    (&stream)
+        .write_all(b"GET / HTTP/1.1\r\nhost: web\r\n\r\n")
+        .unwrap();
+    let mut answer = Vec::new();
+    let _reset_is_fine = (&stream).read_to_end(&mut answer);
+    assert!(
+        !answer.starts_with(b"HTTP"),
+        "{}",
+        String::from_utf8_lossy(&answer)
+    );
+}
+
+#[test]
+fn the_root_key_is_private_or_nothing_starts() {
+    let mut web = web();
+    let ca = web.mesh.run.dir().join("ca");
+    let keys: Vec<_> = std::fs::read_dir(&ca)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| std::fs::read_to_string(path).is_ok_and(|text| text.contains("PRIVATE KEY")))
+        .collect();
+    assert!(!keys.is_empty());
+    for key in &keys {
+        let mode = key.metadata().unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "{}", key.display());
+        std::fs::set_permissions(key, std::fs::Permissions::from_mode(0o644)).unwrap();
+    }
+    let agent = &mut web.mesh.agents[0];
+    agent.stop(Duration::from_secs(40)).unwrap();
+    let error = agent.start(&web.mesh.run).unwrap_err().to_string();
+    assert!(error.contains("ca"), "{error}");
+}

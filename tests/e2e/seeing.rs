@@ -1,0 +1,149 @@
+//! What can be seen of the mesh from outside.
+
+use std::time::Duration;
+
+use mesh_tests::{Samples, http, until_ok};
+
+use crate::common::{WEB_V4, web};
+
+#[test]
+fn both_agents_count_exactly_what_was_sent() {
+    let web = web();
+    let url = format!("http://{WEB_V4}/status/418");
+    let report = web
+        .client
+        .load(&[&url, "--requests", "2000", "--connections", "8"])
+        .unwrap();
+    assert_eq!(report["statuses"]["418"], 2000);
+    for (agent, reporter) in web.mesh.agents.iter().zip(["source", "destination"]) {
+        let labels = [
+            ("reporter", reporter),
+            ("response_code", "418"),
+            ("request_protocol", "http"),
+            ("connection_security_policy", "mutual_tls"),
+            ("source_workload", "client"),
+            ("source_principal", "spiffe://cluster.local/ns/shop/sa/client"),
+            ("destination_workload", "web"),
+            ("destination_principal", "spiffe://cluster.local/ns/shop/sa/web"),
+            ("destination_service", "web.shop.svc.cluster.local"),
+            ("response_flags", "-"),
+        ];
+        let count = |name: &str| -> anyhow::Result<f64> { Ok(agent.metrics()?.sum(name, &labels)) };
+        until_ok(
+            &format!("{} to count 2000", agent.node),
+            Duration::from_secs(3),
+            || {
+                let counted = count("istio_requests_total")?;
+                anyhow::ensure!((counted - 2000.0).abs() < 0.1, "it counts {counted}");
+                Ok(())
+            },
+        )
+        .unwrap();
+        let durations = count("istio_request_duration_milliseconds_count").unwrap();
+        assert!((durations - 2000.0).abs() < 0.1, "{durations}");
+    }
+}
+
+#[test]
+fn the_admin_pages_tell_and_keep_secrets() {
+    let web = web();
+    let agent = &web.mesh.agents[0];
+    for path in [
+        "status",
+        "workloads",
+        "services",
+        "routes",
+        "policies",
+        "certificates",
+        "connections",
+        "ebpf",
+    ] {
+        let page = agent.get(&format!("/api/v1/{path}")).unwrap();
+        assert!(page.is_array() || page.is_object(), "{path}: {page}");
+    }
+    let certificates = agent.get("/api/v1/certificates").unwrap();
+    let ours: Vec<&str> = certificates
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter_map(|one| one["identity"].as_str())
+        .collect();
+    assert_eq!(
+        ours,
+        ["spiffe://cluster.local/ns/shop/sa/client"],
+        "for workloads of this node only"
+    );
+    let dump = http::get(agent.admin, "/config_dump").unwrap();
+    assert!(dump.contains("spiffe://cluster.local/ns/shop/sa/web"));
+    assert!(!dump.contains("PRIVATE"), "never a private key");
+    assert_eq!(
+        http::get(agent.admin, "/healthz").is_ok(),
+        http::get(agent.metrics, "/healthz").is_ok()
+    );
+
+    let (status, _) = http::request(agent.admin, "PUT", "/logging?level=debug", "").unwrap();
+    assert_eq!(status, 200);
+    assert!(http::get(agent.admin, "/logging").unwrap().contains("debug"));
+    let (status, said) = http::request(agent.admin, "PUT", "/logging?level=n0nsense=%3D", "").unwrap();
+    assert_eq!(status, 400, "{said}");
+}
+
+#[test]
+fn the_command_line_shows_tables_and_json() {
+    let web = web();
+    let admin = web.mesh.agents[0].admin.to_string();
+    let run = |args: &[&str]| {
+        let mut command = web.mesh.agents[0].command();
+        mesh_tests::shell::output(command.args(args).args(["--admin", &admin])).unwrap()
+    };
+    assert!(run(&["status"]).contains("node-a"));
+    for (what, part) in [
+        ("workloads", "client"),
+        ("services", "web"),
+        ("certificates", "sa/client"),
+        ("ebpf", "connect4"),
+    ] {
+        let table = run(&["get", what]);
+        assert!(table.contains(part), "{table}");
+    }
+    let json: serde_json::Value = serde_json::from_str(&run(&["get", "workloads", "-o", "json"])).unwrap();
+    assert!(json.as_array().is_some_and(|list| list.len() == 2), "{json}");
+}
+
+#[test]
+fn a_stopping_agent_lets_requests_finish() {
+    let mut web = web();
+    let url = format!("http://{WEB_V4}/slow?ms=1500");
+    let client = &web.client;
+    let agent = &mut web.mesh.agents[0];
+    std::thread::scope(|scope| {
+        let request = scope.spawn(|| client.curl(&[&url]).unwrap());
+        until_ok("the request to be under way", Duration::from_secs(5), || {
+            let open = agent.get("/api/v1/connections")?;
+            anyhow::ensure!(open.as_array().is_some_and(|list| !list.is_empty()));
+            Ok(())
+        })
+        .unwrap();
+        agent.stop(Duration::from_secs(30)).unwrap();
+        assert_eq!(request.join().unwrap().status, 200);
+    });
+}
+
+#[test]
+fn the_kernel_counts_every_connection() {
+    let web = web();
+    let captured =
+        |samples: &Samples| samples.sum("mesh_agent_capture_total", &[("reason", "outbound_captured")]);
+    let before = captured(&web.mesh.agents[0].metrics().unwrap());
+    let url = format!("http://{WEB_V4}/status/200");
+    for _ in 0..5 {
+        web.client
+            .load(&[&url, "--requests", "40", "--connections", "4"])
+            .unwrap();
+    }
+    let counted = captured(&web.mesh.agents[0].metrics().unwrap()) - before;
+    assert!(
+        (counted - 20.0).abs() < 0.1,
+        "{counted} connections were captured"
+    );
+}

@@ -1,0 +1,258 @@
+//! Everything that is not HTTP.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::process::Stdio;
+use std::thread;
+use std::time::Duration;
+
+use mesh_tests::{Mesh, Options, Pod, PodSpec, until_ok};
+use socket2::SockRef;
+use tokio::time::Instant;
+
+use crate::common::{address, connect, try_connect};
+
+const GREETER: &str = "10.96.0.40";
+const ECHO: &str = "10.96.0.41";
+
+/// TCP servers, whose services say nothing of their protocol.
+fn tcp() -> (Mesh, Pod, Pod) {
+    let mut mesh = Mesh::start(&Options::default()).unwrap();
+    mesh.service("greeter", &[GREETER], &[("one", 25, 2525)], "peer")
+        .unwrap();
+    mesh.service("echo", &[ECHO], &[("two", 7, 7777)], "peer")
+        .unwrap();
+    let mut peer = mesh.pod(PodSpec::new("peer", 1)).unwrap();
+    peer.serve(&mesh.run, "greeter", 2525).unwrap();
+    peer.serve(&mesh.run, "echo", 7777).unwrap();
+    let client = mesh.pod(PodSpec::new("client", 0)).unwrap();
+    until_ok("the services", Duration::from_secs(5), || {
+        let mut stream = try_connect(&client, address(ECHO, 7))?;
+        stream.write_all(b"x")?;
+        Ok(stream.read_exact(&mut [0])?)
+    })
+    .unwrap();
+    (mesh, client, peer)
+}
+
+#[test]
+fn a_server_that_speaks_first_is_heard_at_once() {
+    let (_mesh, client, peer) = tcp();
+    let pod = peer.at(2525);
+    for to in [address(GREETER, 25), pod] {
+        let started = Instant::now();
+        let mut reader = BufReader::new(connect(&client, to));
+        let mut line = String::new();
+        reader.read_line(&mut line).unwrap();
+        assert_eq!(line, format!("220 peer greets {}\r\n", client.v4));
+        assert!(
+            started.elapsed() < Duration::from_secs(1),
+            "{to}: {:?}",
+            started.elapsed()
+        );
+        reader.get_mut().write_all(b"hello\n").unwrap();
+        line.clear();
+        reader.read_line(&mut line).unwrap();
+        assert_eq!(line, "250 peer heard hello\n");
+    }
+}
+
+#[test]
+fn half_close_reaches_the_other_side_and_the_rest_comes_back() {
+    let (_mesh, client, _peer) = tcp();
+    let mut stream = connect(&client, address(ECHO, 7));
+    let bytes: Vec<u8> = (0..3_000_000_u32)
+        .map(|n| n.wrapping_mul(2_654_435_761).to_be_bytes()[0])
+        .collect();
+    let sender = {
+        let mut stream = stream.try_clone().unwrap();
+        let bytes = bytes.clone();
+        thread::spawn(move || {
+            stream.write_all(&bytes).unwrap();
+            stream.shutdown(Shutdown::Write).unwrap();
+        })
+    };
+    let mut got = Vec::new();
+    stream.read_to_end(&mut got).unwrap();
+    sender.join().unwrap();
+    let (echoed, rest) = got.split_at(bytes.len().min(got.len()));
+    assert!(echoed == bytes, "{} bytes came back", got.len());
+    assert_eq!(
+        String::from_utf8_lossy(rest),
+        format!("\n{} bytes\n", bytes.len())
+    );
+}
+
+#[test]
+fn a_reader_that_stops_holds_the_writer_back() {
+    let (_mesh, client, _peer) = tcp();
+    let stream = connect(&client, address(ECHO, 7));
+    stream.set_write_timeout(Some(Duration::from_secs(2))).unwrap();
+    let chunk = vec![7; 1 << 20];
+    // What the kernels and the agents buffer on the way there and back; without back-pressure there is no end.
+    let most = 256;
+    let written = (0..most)
+        .take_while(|_| (&stream).write_all(&chunk).is_ok())
+        .count();
+    assert!(written < most, "{written} MiB were taken though nobody read");
+}
+
+#[test]
+fn a_reset_is_passed_on() {
+    let (_mesh, client, mut peer) = tcp();
+    let mut stream = connect(&client, address(ECHO, 7));
+    stream.write_all(b"x").unwrap();
+    stream.read_exact(&mut [0]).unwrap();
+    peer.kill_servers();
+    let end = stream.read(&mut [0]);
+    assert!(matches!(end, Ok(0) | Err(_)), "{end:?}");
+
+    // A client that aborts is not left hanging at the server either: see the agents' connections.
+    drop(stream);
+}
+
+#[test]
+fn an_aborted_connection_leaves_nothing_open() {
+    let (mesh, client, _peer) = tcp();
+    for _ in 0..20 {
+        let mut stream = connect(&client, address(ECHO, 7));
+        stream.write_all(b"x").unwrap();
+        stream.read_exact(&mut [0]).unwrap();
+        SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
+    }
+    until_ok("all connections to be closed", Duration::from_secs(5), || {
+        for agent in &mesh.agents {
+            let open = agent.get("/api/v1/connections")?;
+            anyhow::ensure!(
+                open.as_array().is_some_and(Vec::is_empty),
+                "{}: {open}",
+                agent.node
+            );
+        }
+        Ok(())
+    })
+    .unwrap();
+}
+
+#[test]
+fn unknown_destinations_pass_through() {
+    let (mut mesh, client, _peer) = tcp();
+    let mut outside = mesh.stranger("outside", 1).unwrap();
+    outside.serve(&mesh.run, "greeter", 2525).unwrap();
+    outside.serve(&mesh.run, "http", 8080).unwrap();
+    for to in [outside.at(2525), outside.at_v6(2525)] {
+        let mut line = String::new();
+        BufReader::new(connect(&client, to)).read_line(&mut line).unwrap();
+        let from = if to.is_ipv4() { client.v4 } else { client.v6 };
+        assert_eq!(line, format!("220 outside greets {from}\r\n"));
+    }
+    let response = client.curl(&[&format!("http://{}/x", outside.at(8080))]).unwrap();
+    assert_eq!(response.header("x-pod"), Some("outside"));
+    // Nobody listens there: what the application learns is what it would have learned.
+    let refused = try_connect(&client, outside.at(1)).and_then(|mut stream| {
+        stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+        stream.read(&mut [0])
+    });
+    assert!(!matches!(refused, Ok(1..)), "{refused:?}");
+}
+
+#[test]
+fn tls_of_the_application_passes_untouched() {
+    let (mesh, client, mut peer) = tcp();
+    let dir = mesh.run.dir();
+    let (key, certificate) = (dir.join("key.pem"), dir.join("cert.pem"));
+    let mut openssl = std::process::Command::new("openssl");
+    openssl.args([
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+        "-nodes",
+        "-days",
+        "1",
+    ]);
+    openssl.args([
+        "-subj",
+        "/CN=app.example",
+        "-addext",
+        "subjectAltName=DNS:app.example",
+    ]);
+    openssl.arg("-keyout").arg(&key).arg("-out").arg(&certificate);
+    mesh_tests::shell::output(&mut openssl).unwrap();
+    let args = [
+        "s_server",
+        "-accept",
+        "8443",
+        "-www",
+        "-quiet",
+        "-key",
+        key.to_str().unwrap(),
+        "-cert",
+        certificate.to_str().unwrap(),
+    ];
+    peer.start(&mesh.run, "openssl", &"openssl".into(), &args)
+        .unwrap();
+    mesh.service("secure", &["10.96.0.42"], &[("https", 443, 8443)], "peer")
+        .unwrap();
+    until_ok(
+        "a handshake with the application",
+        Duration::from_secs(10),
+        || {
+            let mut s_client = client.command("openssl");
+            s_client.args([
+                "s_client",
+                "-connect",
+                "10.96.0.42:443",
+                "-servername",
+                "app.example",
+                "-verify_return_error",
+            ]);
+            s_client.arg("-CAfile").arg(&certificate).stdin(Stdio::null());
+            let output = mesh_tests::shell::raw(&mut s_client)?;
+            let text = String::from_utf8_lossy(&output.stdout).into_owned();
+            anyhow::ensure!(text.contains("Verify return code: 0 (ok)"), "{text}");
+            Ok(())
+        },
+    )
+    .unwrap();
+}
+
+#[test]
+fn many_destinations_from_one_source_port() {
+    let (_mesh, client, _peer) = tcp();
+    let answers = client
+        .netns
+        .enter(|| {
+            let bound = |to: &str, port| {
+                let socket =
+                    socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+                socket.set_reuse_address(true).unwrap();
+                socket
+                    .bind(&std::net::SocketAddr::from(([0, 0, 0, 0], 45_678)).into())
+                    .unwrap();
+                socket.connect(&address(to, port).into()).unwrap();
+                socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+                TcpStream::from(socket)
+            };
+            let (mut greeter, mut echo) = (bound(GREETER, 25), bound(ECHO, 7));
+            let mut greeting = [0; 8];
+            greeter.read_exact(&mut greeting).unwrap();
+            echo.write_all(b"echo").unwrap();
+            let mut echoed = [0; 4];
+            echo.read_exact(&mut echoed).unwrap();
+            let names = (
+                greeter.peer_addr().unwrap(),
+                echo.peer_addr().unwrap(),
+                echo.local_addr().unwrap(),
+            );
+            (greeting, echoed, names)
+        })
+        .unwrap();
+    assert_eq!(&answers.0, b"220 peer");
+    assert_eq!(&answers.1, b"echo");
+    let (greeter, echo, local) = answers.2;
+    assert_eq!((greeter, echo), (address(GREETER, 25), address(ECHO, 7)));
+    assert_eq!(local, client.at(45_678));
+}
