@@ -2,7 +2,11 @@
 //!
 //! Each test has a mesh of its own, so they run in parallel and may kill what they like.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
+#![expect(
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a test fails by panicking, in its helpers too"
+)]
 
 mod common;
 mod dns;

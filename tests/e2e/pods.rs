@@ -72,7 +72,6 @@ fn a_namespace_may_come_after_its_document_and_come_back_as_another() {
             until("it to be pending", Duration::from_secs(5), || {
                 (workload_state(&web, "later").as_deref() == Some("pending")).then_some(())
             })
-            .map(|()| ())
         })
         .unwrap();
     assert_eq!(pod.netns.name(), name);

@@ -25,9 +25,14 @@ const COMPILER_PACKAGES: [&str; 2] = ["rustc-web", "libstd-rust-web-dev-bpf"];
 /// What compiling bpf-linker needs.
 const LINKER_PACKAGES: [&str; 2] = ["llvm-22-dev", "libpolly-22-dev"];
 
-/// The peers of the tests and the demo: a program that must be there, and the package that brings it.
-const PEERS: [(&str, &str); 7] = [
+/// The peers of the tests and the demo: a program or file that must be there, and the package that brings it.
+const PEERS: [(&str, &str); 9] = [
+    (
+        "/usr/lib/python3/dist-packages/grpc/__init__.py",
+        "python3-grpcio",
+    ),
     ("curl", "curl"),
+    ("dig", "bind9-dnsutils"),
     ("h2load", "nghttp2-client"),
     ("ip", "iproute2"),
     ("nginx", "nginx-light"),
@@ -245,6 +250,8 @@ fn examine_lint(found: &mut Found, plan: &mut Plan) {
 fn examine_peers(found: &mut Found, plan: &mut Plan) {
     for (name, package) in PEERS {
         match shell::program(name) {
+            // A library is known by its package.
+            Some(place) if name.starts_with('/') => found.push((package.to_owned(), place)),
             Some(place) => found.push((name.to_owned(), place)),
             None => plan.add(&[package]),
         }
