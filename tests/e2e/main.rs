@@ -13,6 +13,7 @@ mod dns;
 mod fixture;
 mod grpc;
 mod http;
+mod life;
 mod mtls;
 mod pods;
 mod retries;
