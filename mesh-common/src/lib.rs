@@ -22,7 +22,9 @@ mod workload;
 pub use addr::{NetAddr, NetEndpoint, NetPort};
 pub use counter::Counter;
 pub use flow::{DnsKey, Flow, FlowKey, OwnSocket, SocketRecord, flow_kind, socket_kind};
-pub use workload::{ListenerKey, Settings, WorkloadEntry, WorkloadKey, listener_kind, workload_flags};
+pub use workload::{
+    CGROUP_KEYS, ListenerKey, Settings, WorkloadEntry, WorkloadKey, listener_kind, workload_flags,
+};
 
 #[cfg(feature = "user")]
 mod user {

@@ -3,8 +3,11 @@
 use crate::maps::DNS_V6_SLOTS;
 use crate::{NetAddr, NetPort};
 
-/// Names a workload: the cookie of its network namespace.
+/// Names a workload: the cookie of its network namespace, or [`CGROUP_KEYS`] and the id of its cgroup.
 pub type WorkloadKey = u64;
+
+/// Set in the keys of workloads that share the host's namespace. (Cookies count up from 1.)
+pub const CGROUP_KEYS: WorkloadKey = 1 << 63;
 
 /// Bits of [`WorkloadEntry::flags`].
 pub mod workload_flags {

@@ -7,7 +7,9 @@
 
 use aya_ebpf::helpers::bpf_get_prandom_u32;
 use mesh_common::maps::{REDIRECT_PORT_COUNT, REDIRECT_PORT_FIRST};
-use mesh_common::{Counter, NetAddr, NetEndpoint, NetPort, SocketRecord, WorkloadEntry, socket_kind};
+use mesh_common::{
+    CGROUP_KEYS, Counter, NetAddr, NetEndpoint, NetPort, SocketRecord, WorkloadEntry, socket_kind,
+};
 
 use crate::context::{Addr, TCP, UDP, Verdict};
 use crate::maps::{OWN, count};
@@ -15,7 +17,7 @@ use crate::{dns, workload};
 
 #[inline(always)]
 pub(crate) fn connect(ctx: &Addr) -> Verdict {
-    let key = ctx.netns();
+    let key = workload::key(ctx);
     let Some(entry) = workload::find(key) else {
         return Verdict::Pass;
     };
@@ -60,7 +62,13 @@ fn tcp(ctx: &Addr, key: u64, entry: &WorkloadEntry) -> Verdict {
         count(Counter::RefusedNoStorage);
         return workload::refuse();
     }
-    ctx.rewrite(&NetEndpoint::new(own, made_up_port()));
+    // The host's namespace belongs to others: without a `sk_lookup` program there, the listener is dialled.
+    let port = if key & CGROUP_KEYS == 0 {
+        made_up_port()
+    } else {
+        entry.outbound_port
+    };
+    ctx.rewrite(&NetEndpoint::new(own, port));
     count(Counter::CapturedTcp);
     Verdict::Pass
 }
@@ -87,7 +95,7 @@ pub(crate) fn is_own(addr: &NetAddr, entry: &WorkloadEntry) -> bool {
 /// The agent's listeners take only what capture brings them.
 #[inline(always)]
 pub(crate) fn dials_listener(port: NetPort, entry: &WorkloadEntry) -> bool {
-    port == entry.outbound_port || port == entry.inbound_port
+    port == entry.outbound_port || (port == entry.inbound_port && !port.is_none())
 }
 
 #[inline(always)]

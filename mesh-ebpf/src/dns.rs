@@ -35,7 +35,7 @@ pub(crate) fn sendmsg(ctx: &Addr) -> Verdict {
     if server.port != DNS {
         return Verdict::Pass;
     }
-    let key = ctx.netns();
+    let key = workload::key(ctx);
     let Some(entry) = workload::find(key) else {
         return Verdict::Pass;
     };
@@ -50,7 +50,7 @@ pub(crate) fn sendmsg(ctx: &Addr) -> Verdict {
 pub(crate) fn recvmsg(ctx: &Addr) -> Verdict {
     let from = ctx.endpoint();
     if from.addr.is_loopback() {
-        let key = ctx.netns();
+        let key = workload::key(ctx);
         if let Some(entry) = workload::find(key)
             && let Some(slot) = slot_of(&from, entry)
         {

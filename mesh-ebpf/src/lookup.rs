@@ -1,7 +1,6 @@
 //! `sk_lookup`, one instance per workload's network namespace: hands flows to the agent's listeners.
 
 use aya_ebpf::EbpfContext as _;
-use aya_ebpf::Global;
 use aya_ebpf::bindings::bpf_sk_lookup;
 use aya_ebpf::bindings::sk_action::{SK_DROP, SK_PASS};
 use aya_ebpf::helpers::bpf_sk_assign;
@@ -14,13 +13,9 @@ use crate::context::{TCP, either, read, read4};
 use crate::maps::{FLOWS, REFUSED, count};
 use crate::workload::{self, Hold as _};
 
-/// The workload that this instance serves: this kind of program may not ask for its namespace's cookie.
-#[unsafe(no_mangle)]
-static WORKLOAD: Global<u64> = Global::new(0);
-
 #[inline(always)]
 pub(crate) fn lookup(ctx: &SkLookupContext) -> u32 {
-    let key = WORKLOAD.load();
+    let key = workload::own_key();
     let Some(entry) = workload::find(key) else {
         return SK_PASS;
     };

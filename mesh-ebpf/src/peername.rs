@@ -26,5 +26,5 @@ pub(crate) fn getpeername(ctx: &Addr) -> Verdict {
 #[inline(always)]
 fn is_redirected(ctx: &Addr) -> bool {
     ctx.protocol() == MULTIPATH
-        && workload::find(ctx.netns()).is_some_and(|entry| is_own(&ctx.endpoint().addr, entry))
+        && workload::find(workload::key(ctx)).is_some_and(|entry| is_own(&ctx.endpoint().addr, entry))
 }

@@ -7,7 +7,7 @@ use core::ffi::c_void;
 use mesh_common::maps::HEARTBEAT_LIMIT_NS;
 use mesh_common::{Counter, ListenerKey, WorkloadEntry, listener_kind, workload_flags};
 
-use crate::context::Verdict;
+use crate::context::{Addr, Verdict};
 use crate::maps::{LISTENERS, SETTINGS, WORKLOADS, count};
 
 /// 1 where the kernel has `bpf_set_retval` (5.18); else a refused call fails with EPERM. A constant for the
@@ -15,12 +15,42 @@ use crate::maps::{LISTENERS, SETTINGS, WORKLOADS, count};
 #[unsafe(no_mangle)]
 static CAN_SET_ERRNO: Global<u32> = Global::new(0);
 
+/// The workload that this copy of the programs serves: of its own `sk_lookup` program, which may not ask for its
+/// namespace's cookie, and of the programs at its cgroup. 0 at the cgroup root, where the cookie names it.
+#[unsafe(no_mangle)]
+static WORKLOAD: Global<u64> = Global::new(0);
+
+/// The cookie of the host's namespace, for programs at a workload's cgroup: a container in there that has a
+/// namespace of its own cannot reach the agent's listeners.
+#[unsafe(no_mangle)]
+static HOST: Global<u64> = Global::new(0);
+
+/// Bears no workload.
+const NOBODY: u64 = 0;
+
 const ECONNREFUSED: i32 = 111;
+
+/// The key under which this socket's workload would be enrolled.
+#[inline(always)]
+pub(crate) fn key(ctx: &Addr) -> u64 {
+    let netns = ctx.netns();
+    match WORKLOAD.load() {
+        0 => netns,
+        own if netns == HOST.load() => own,
+        _ => NOBODY,
+    }
+}
+
+/// The workload of this copy.
+#[inline(always)]
+pub(crate) fn own_key() -> u64 {
+    WORKLOAD.load()
+}
 
 #[inline(always)]
 pub(crate) fn find(key: u64) -> Option<&'static WorkloadEntry> {
-    // SAFETY: entries are replaced as a whole by the agent and freed after a grace period only, so a reader sees
-    // plain integers of the old or the new entry.
+    // SAFETY: plain integers. The agent replaces entries as a whole; the kernel does not use a freed one again
+    // within the microseconds that a program runs.
     unsafe { WORKLOADS.get(key) }
 }
 

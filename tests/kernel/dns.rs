@@ -219,7 +219,7 @@ fn receive(socket: &UdpSocket) -> (String, SocketAddr) {
 
 /// Takes the next query, and answers it from where it came in; returns it with the server that it was for, or
 /// nothing if it was for none.
-fn answer_v4(agent: &Agent) -> Option<(String, SocketAddr)> {
+pub(crate) fn answer_v4(agent: &Agent) -> Option<(String, SocketAddr)> {
     let socket = &agent.listeners.dns_v4;
     socket.set_nonblocking(false).unwrap();
     socket.set_read_timeout(Some(PATIENCE)).unwrap();

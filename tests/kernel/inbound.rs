@@ -123,7 +123,10 @@ fn any_port_leads_to_the_agent_whoever_listens_there() {
 fn the_agents_listeners_cannot_be_dialled() {
     let world = World::new();
     let agent = world.enrol(true);
-    for listener in [&agent.listeners.outbound, &agent.listeners.inbound] {
+    for listener in [
+        &agent.listeners.outbound,
+        agent.listeners.inbound.as_ref().unwrap(),
+    ] {
         let port = listener.local_addr().unwrap().port();
         for (pod, _) in FAMILIES {
             for netns in [&world.outside, &world.pod] {

@@ -5,7 +5,7 @@ use std::io;
 use std::net::TcpListener;
 use std::time::Duration;
 
-use mesh_agent::ebpf::{self, Capture, CaptureError, CaptureOptions, EnrolRequest, NetnsIdentity, Place};
+use mesh_agent::ebpf::{self, Capture, CaptureError, CaptureOptions, EnrolRequest, Place, PlaceIdentity};
 use mesh_tests::{Netns, until};
 
 use crate::world::{
@@ -226,7 +226,10 @@ fn another_namespace_under_the_same_name_is_noticed() {
     let world = World::new();
     let agent = world.enrol(true);
     let path = world.pod.path();
-    assert_eq!(NetnsIdentity::of(&path).unwrap(), agent.enrolment.identity());
+    assert_eq!(
+        PlaceIdentity::of(&Place::NetnsPath(path.clone())).unwrap(),
+        agent.enrolment.identity()
+    );
     let name = world.pod.name().to_owned();
     let other = {
         // Takes the name away from the namespace, which lives on for as long as it is open.
@@ -239,7 +242,7 @@ fn another_namespace_under_the_same_name_is_noticed() {
         Netns::create(&name).unwrap()
     };
     assert_ne!(
-        NetnsIdentity::of(&other.path()).unwrap(),
+        PlaceIdentity::of(&Place::NetnsPath(other.path())).unwrap(),
         agent.enrolment.identity()
     );
 }

@@ -3,6 +3,7 @@
 //! Needs root, cgroup2 and eBPF; fails, rather than skips, where these are missing.
 #![expect(clippy::unwrap_used, reason = "what fails in a helper fails the test")]
 
+mod cgroup;
 mod dns;
 mod inbound;
 mod life;

@@ -131,7 +131,7 @@ impl Agent {
 
     /// The next captured incoming connection: (stream, client, where it wanted to go).
     pub(crate) fn accept_inbound(&self) -> (TcpStream, SocketAddr, SocketAddr) {
-        let (stream, peer) = accept(&self.listeners.inbound);
+        let (stream, peer) = accept(self.listeners.inbound.as_ref().unwrap());
         let local = plain(stream.local_addr().unwrap());
         (stream, plain(peer), local)
     }

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use mesh_common::maps;
+use mesh_common::{WorkloadKey, maps};
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
@@ -58,17 +58,18 @@ impl Folders {
         Ok(())
     }
 
-    /// The link of a workload's `sk_lookup` program.
-    pub(super) fn lookup_link(&self, workload: u64) -> PathBuf {
-        self.links.join(format!("{LOOKUP_PREFIX}{workload:x}"))
+    /// The link of a workload's own program at `hook`.
+    pub(super) fn workload_link(&self, workload: WorkloadKey, hook: &str) -> PathBuf {
+        self.links.join(format!("{WORKLOAD_PREFIX}{workload:x}-{hook}"))
     }
 }
 
-const LOOKUP_PREFIX: &str = "lookup-";
+const WORKLOAD_PREFIX: &str = "workload-";
 
-/// The workload whose link has this file name.
-pub(super) fn lookup_link_owner(name: &str) -> Option<u64> {
-    u64::from_str_radix(name.strip_prefix(LOOKUP_PREFIX)?, 16).ok()
+/// The workload whose own link has this file name.
+pub(super) fn link_owner(name: &str) -> Option<WorkloadKey> {
+    let (key, _hook) = name.strip_prefix(WORKLOAD_PREFIX)?.split_once('-')?;
+    u64::from_str_radix(key, 16).ok()
 }
 
 /// File names in `folder`; none if it does not exist.
@@ -83,11 +84,25 @@ pub(super) fn entries(folder: &Path) -> io::Result<Vec<String>> {
 }
 
 /// The root of the cgroup2 hierarchy, wherever this machine has it.
-pub(super) fn cgroup_root() -> Result<File, CaptureError> {
+pub(super) fn cgroup_root() -> Result<PathBuf, CaptureError> {
     let mounts = fs::read_to_string("/proc/self/mounts").map_err(CaptureError::Mounts)?;
-    let path = cgroup2_mount(&mounts).ok_or(CaptureError::NoCgroup2)?;
+    cgroup2_mount(&mounts)
+        .map(PathBuf::from)
+        .ok_or(CaptureError::NoCgroup2)
+}
+
+/// A cgroup by its path in the file system, or in the hierarchy (as `/proc/PID/cgroup` has it).
+pub(super) fn cgroup_folder(path: &Path) -> Result<PathBuf, CaptureError> {
+    let root = cgroup_root()?;
+    if path.starts_with(&root) {
+        return Ok(path.to_owned());
+    }
+    Ok(root.join(path.strip_prefix("/").unwrap_or(path)))
+}
+
+pub(super) fn open_cgroup(path: &Path) -> Result<File, CaptureError> {
     File::open(path).map_err(|source| CaptureError::Cgroup {
-        path: path.into(),
+        path: path.to_owned(),
         source,
     })
 }
@@ -115,9 +130,10 @@ mod tests {
 
     #[test]
     fn a_link_is_named_after_its_workload() {
-        let path = Folders::new(Path::new("/sys/fs/bpf/x")).lookup_link(0x1234);
+        let path = Folders::new(Path::new("/sys/fs/bpf/x")).workload_link(0x1234, "connect4");
         let name = path.file_name().unwrap().to_str().unwrap();
-        assert_eq!(lookup_link_owner(name), Some(0x1234));
-        assert_eq!(lookup_link_owner("connect4"), None);
+        assert_eq!(link_owner(name), Some(0x1234));
+        assert_eq!(link_owner("connect4"), None);
+        assert_eq!(link_owner("workload-xyz-connect4"), None);
     }
 }

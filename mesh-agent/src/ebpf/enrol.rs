@@ -4,11 +4,8 @@
 //! never captures for a workload that is not ready. Dropping an [`Enrolment`] changes nothing: what happens to
 //! the workload when the agent ends is its own choice (hold or open); only [`Enrolment::release`] lets it go.
 
-use std::fs::{self, File};
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::AsFd as _;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use mesh_common::maps::{self, DNS_V4_SLOTS, DNS_V6_SLOTS};
@@ -19,18 +16,10 @@ use nix::ifaddrs::getifaddrs;
 
 use super::listeners::Listeners;
 use super::namespace::KernelNamespace;
-use super::netns::{Netns, NetnsIdentity};
+use super::netns::Netns;
+use super::place::{Place, PlaceIdentity, Site};
 use super::{CaptureError, Shared, programs};
 use crate::sock::Namespace;
-
-/// Where a workload runs.
-#[derive(Debug)]
-pub enum Place {
-    /// A network namespace by name, as `ip netns` and container runtimes leave it on a file system.
-    NetnsPath(PathBuf),
-    /// A network namespace that somebody opened for us.
-    NetnsFile(File),
-}
 
 /// A workload to be captured.
 #[derive(Debug)]
@@ -47,13 +36,14 @@ pub struct EnrolRequest {
 pub struct Enrolment {
     shared: Arc<Shared>,
     namespace: Arc<KernelNamespace>,
+    identity: PlaceIdentity,
 }
 
 impl Enrolment {
     /// Names the workload in the kernel's maps.
     #[must_use]
     pub fn key(&self) -> WorkloadKey {
-        self.namespace.netns.cookie()
+        self.namespace.key
     }
 
     #[must_use]
@@ -61,10 +51,10 @@ impl Enrolment {
         Arc::<KernelNamespace>::clone(&self.namespace)
     }
 
-    /// Tells whether a path still names this workload's namespace (see [`NetnsIdentity::of`]).
+    /// To compare with what a place names later on (see [`PlaceIdentity::of`]).
     #[must_use]
-    pub fn identity(&self) -> NetnsIdentity {
-        self.namespace.netns.identity()
+    pub fn identity(&self) -> PlaceIdentity {
+        self.identity
     }
 
     /// Changes addresses or the choice for when there is no agent, without touching the listeners.
@@ -75,7 +65,7 @@ impl Enrolment {
             source,
         };
         let gone = || failed(io::Error::from(io::ErrorKind::NotFound));
-        check_addresses(&self.namespace.netns, "its network namespace", addresses)?;
+        check_addresses(&self.namespace.netns, "the workload", addresses)?;
         let mut entry = workloads.get(&self.key()).map_err(failed)?.ok_or_else(gone)?;
         describe(&mut entry, addresses, hold);
         workloads.insert(&self.key(), &entry).map_err(failed)
@@ -92,38 +82,70 @@ impl Shared {
         self: &Arc<Self>,
         request: EnrolRequest,
     ) -> Result<(Enrolment, Listeners), CaptureError> {
-        let (place, netns) = self.open(request.place)?;
-        check_addresses(&netns, &place, &request.addresses)?;
-        let key = netns.cookie();
-        let before = self.maps.workloads.get(&key).ok().flatten();
-        let listeners = netns
-            .within(|| Listeners::open(before.as_ref()))
+        let site = Site::open(request.place, &self.home)?;
+        check_addresses(&site.netns, &site.name, &request.addresses)?;
+        let before = self.maps.workloads.get(&site.key).ok().flatten();
+        let failed = |source| CaptureError::Listeners {
+            place: site.name.clone(),
+            source,
+        };
+        let listeners = site
+            .netns
+            .within(|| Listeners::open(before.as_ref(), !site.shares_host()))
             .and_then(|opened| opened)
-            .map_err(|source| CaptureError::Listeners {
-                place: place.clone(),
-                source,
-            })?;
+            .map_err(failed)?;
         let mut entry = EMPTY;
         describe(&mut entry, &request.addresses, request.hold);
-        listeners
-            .describe(&mut entry)
-            .map_err(|source| CaptureError::Listeners {
-                place: place.clone(),
-                source,
-            })?;
-        programs::attach_lookup(&self.folders, key, netns.as_file().as_fd())?;
-        for (kind, socket) in [
-            (listener_kind::OUTBOUND, &listeners.outbound),
-            (listener_kind::INBOUND, &listeners.inbound),
-        ] {
-            let listener = ListenerKey {
-                workload: key,
-                kind,
-                reserved: 0,
-            };
+        listeners.describe(&mut entry).map_err(failed)?;
+        if let Err(error) = self.activate(&site, &entry, &listeners) {
+            // Half a workload is none, unless it was whole before.
+            if before.is_none() {
+                let _ = self.forget(site.key);
+            }
+            return Err(error);
+        }
+        let dns_v6_ports = entry
+            .dns_v6_ports
+            .map(NetPort::host)
+            .into_iter()
+            .filter(|port| *port != 0)
+            .collect();
+        let enrolment = Enrolment {
+            shared: Arc::clone(self),
+            identity: site.identity,
+            namespace: Arc::new(KernelNamespace {
+                key: site.key,
+                netns: site.netns,
+                maps: Arc::clone(&self.maps),
+                dns_v6_ports,
+            }),
+        };
+        Ok((enrolment, listeners))
+    }
+
+    /// Tells the kernel side, what captures last.
+    fn activate(
+        &self,
+        site: &Site,
+        entry: &WorkloadEntry,
+        listeners: &Listeners,
+    ) -> Result<(), CaptureError> {
+        site.attach(&self.folders)?;
+        let inbound = listeners
+            .inbound
+            .iter()
+            .map(|socket| (listener_kind::INBOUND, socket));
+        for (kind, socket) in inbound.chain([(listener_kind::OUTBOUND, &listeners.outbound)]) {
             self.maps
                 .listeners
-                .insert_socket(&listener, socket)
+                .insert_socket(
+                    &ListenerKey {
+                        workload: site.key,
+                        kind,
+                        reserved: 0,
+                    },
+                    socket,
+                )
                 .map_err(|source| CaptureError::Map {
                     map: maps::LISTENERS,
                     source,
@@ -131,29 +153,11 @@ impl Shared {
         }
         self.maps
             .workloads
-            .insert(&key, &entry)
+            .insert(&site.key, entry)
             .map_err(|source| CaptureError::Map {
                 map: maps::WORKLOADS,
                 source,
-            })?;
-        let dns_v6_ports = entry
-            .dns_v6_ports
-            .map(NetPort::host)
-            .into_iter()
-            .filter(|port| *port != 0)
-            .collect();
-        let namespace = Arc::new(KernelNamespace {
-            netns,
-            maps: Arc::clone(&self.maps),
-            dns_v6_ports,
-        });
-        Ok((
-            Enrolment {
-                shared: Arc::clone(self),
-                namespace,
-            },
-            listeners,
-        ))
+            })
     }
 
     /// Removes whatever there is of a workload.
@@ -165,13 +169,7 @@ impl Shared {
                 map: maps::WORKLOADS,
                 source,
             })?;
-        let link = self.folders.lookup_link(key);
-        match fs::remove_file(&link) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                return Err(CaptureError::Pin { path: link, source });
-            }
-            _ => {}
-        }
+        programs::detach_workload(&self.folders, key)?;
         for kind in [listener_kind::OUTBOUND, listener_kind::INBOUND] {
             // Gone already if the socket was closed.
             let _ = self.maps.listeners.remove(&ListenerKey {
@@ -197,17 +195,6 @@ impl Shared {
             let _ = self.maps.flows.remove(&flow);
         }
         Ok(())
-    }
-
-    fn open(&self, place: Place) -> Result<(String, Netns), CaptureError> {
-        let (place, opened) = match place {
-            Place::NetnsPath(path) => (path.display().to_string(), Netns::open(&path, &self.home)),
-            Place::NetnsFile(file) => (format!("{file:?}"), Netns::from_file(file, &self.home)),
-        };
-        match opened {
-            Ok(netns) => Ok((place, netns)),
-            Err(source) => Err(CaptureError::Namespace { place, source }),
-        }
     }
 }
 

@@ -20,7 +20,8 @@ pub struct Listeners {
     /// Captured outgoing connections.
     pub outbound: TcpListener,
     /// Captured incoming connections; their `local_addr()` is where the client wanted to go.
-    pub inbound: TcpListener,
+    /// None for a workload on the host's network, where nothing hands them over.
+    pub inbound: Option<TcpListener>,
     /// With `IP_PKTINFO`: the destination address of a query tells the server that was asked.
     pub dns_v4: UdpSocket,
     /// One per slot, told apart by port; empty where there is no IPv6.
@@ -30,7 +31,7 @@ pub struct Listeners {
 impl Listeners {
     /// Opens them in the namespace of the calling thread, the DNS sockets on the ports of `before` where these
     /// are free: sockets connected to them then outlive a restart of the agent.
-    pub(super) fn open(before: Option<&WorkloadEntry>) -> io::Result<Self> {
+    pub(super) fn open(before: Option<&WorkloadEntry>, with_inbound: bool) -> io::Result<Self> {
         let v4_port = before.map_or(0, |entry| entry.dns_v4_port.host());
         let v6_ports = before.map_or([0; DNS_V6_SLOTS as usize], |entry| {
             entry.dns_v6_ports.map(NetPort::host)
@@ -39,7 +40,7 @@ impl Listeners {
         setsockopt(&dns_v4, sockopt::Ipv4PacketInfo, &true)?;
         Ok(Self {
             outbound: tcp()?,
-            inbound: tcp()?,
+            inbound: with_inbound.then(tcp).transpose()?,
             dns_v4,
             // Without `::1` there is no IPv6 DNS to capture.
             dns_v6: v6_ports
@@ -52,7 +53,9 @@ impl Listeners {
     /// The ports, in the form in which the kernel side learns them.
     pub(super) fn describe(&self, entry: &mut WorkloadEntry) -> io::Result<()> {
         entry.outbound_port = NetPort::from_host(self.outbound.local_addr()?.port());
-        entry.inbound_port = NetPort::from_host(self.inbound.local_addr()?.port());
+        if let Some(inbound) = &self.inbound {
+            entry.inbound_port = NetPort::from_host(inbound.local_addr()?.port());
+        }
         entry.dns_v4_port = NetPort::from_host(self.dns_v4.local_addr()?.port());
         for (port, socket) in entry.dns_v6_ports.iter_mut().zip(&self.dns_v6) {
             *port = NetPort::from_host(socket.local_addr()?.port());

@@ -17,16 +17,17 @@ mod listeners;
 mod maps;
 mod namespace;
 mod netns;
+mod place;
 mod programs;
 mod state;
 mod sys;
 mod uninstall;
 
-pub use enrol::{EnrolRequest, Enrolment, Place};
+pub use enrol::{EnrolRequest, Enrolment};
 pub use error::CaptureError;
 pub use listeners::Listeners;
 pub use mesh_common::WorkloadKey;
-pub use netns::NetnsIdentity;
+pub use place::{Place, PlaceIdentity};
 pub use programs::HookState;
 pub use state::{CaptureState, MapState, WorkloadState};
 pub use uninstall::uninstall;
@@ -91,8 +92,8 @@ impl Capture {
         programs::require_object()?;
         let folders = Folders::new(&options.bpffs);
         folders.create()?;
-        let cgroup = bpffs::cgroup_root()?;
-        programs::attach_cgroup(&folders, &cgroup, options.max_flows)?;
+        let cgroup = bpffs::open_cgroup(&bpffs::cgroup_root()?)?;
+        programs::attach_root(&folders, &cgroup, options.max_flows)?;
         let maps = Arc::new(Maps::open(&folders.maps)?);
         uninstall::remove_strays(&folders, &maps)?;
         let home = Home::open().map_err(|source| CaptureError::Namespace {

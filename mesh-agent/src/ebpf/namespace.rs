@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use mesh_common::maps::{DNS_V4_NET, DNS_V4_SLOTS, DNS_V6_SLOT_BASE};
-use mesh_common::{DnsKey, FlowKey, NetEndpoint, OwnSocket, flow_kind};
+use mesh_common::{DnsKey, FlowKey, NetEndpoint, OwnSocket, WorkloadKey, flow_kind};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpSocket, UdpSocket};
 
@@ -16,6 +16,8 @@ use crate::sock::{Egress, ExemptionGuard, Namespace};
 
 #[derive(Debug)]
 pub(super) struct KernelNamespace {
+    pub(super) key: WorkloadKey,
+    /// The workload's own, or the host's.
     pub(super) netns: Netns,
     pub(super) maps: Arc<Maps>,
     /// Slot of each IPv6 DNS socket, by position.
@@ -25,7 +27,7 @@ pub(super) struct KernelNamespace {
 impl Namespace for KernelNamespace {
     fn original_destination(&self, peer: SocketAddr, local: SocketAddr) -> Option<SocketAddr> {
         let key = FlowKey {
-            workload: self.netns.cookie(),
+            workload: self.key,
             source: peer.into(),
             destination: local.into(),
         };
@@ -53,7 +55,7 @@ impl Namespace for KernelNamespace {
             }
         };
         let key = DnsKey {
-            workload: self.netns.cookie(),
+            workload: self.key,
             slot,
             reserved: 0,
         };
@@ -96,7 +98,7 @@ impl KernelNamespace {
     fn exempt(&self, socket: &Socket, present: Option<SocketAddr>) -> io::Result<Exemption> {
         let cookie = socket_cookie(socket)?;
         let own = OwnSocket {
-            workload: self.netns.cookie(),
+            workload: self.key,
             created_at: clock::monotonic_ns(),
             present: present.map_or(NetEndpoint::NONE, NetEndpoint::from),
             reserved: 0,

@@ -7,8 +7,6 @@ use std::fs::File;
 use std::io;
 use std::net::UdpSocket;
 use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
-use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
 use std::process;
 use std::sync::Arc;
 
@@ -29,46 +27,22 @@ impl Home {
 #[derive(Debug)]
 pub(super) struct Netns {
     file: OwnedFd,
-    identity: NetnsIdentity,
     cookie: WorkloadKey,
     home: Home,
 }
 
-/// Tells namespaces apart without entering them; never reused while one of the two is open.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct NetnsIdentity {
-    device: u64,
-    inode: u64,
-}
-
-impl NetnsIdentity {
-    /// Of the namespace that `path` names now.
-    pub fn of(path: &Path) -> io::Result<Self> {
-        Self::of_file(&File::open(path)?)
-    }
-
-    fn of_file(file: &File) -> io::Result<Self> {
-        let metadata = file.metadata()?;
-        Ok(Self {
-            device: metadata.dev(),
-            inode: metadata.ino(),
-        })
-    }
-}
-
 impl Netns {
-    pub(super) fn open(path: &Path, home: &Home) -> io::Result<Self> {
-        Self::from_file(File::open(path)?, home)
+    /// The agent's own.
+    pub(super) fn home(home: &Home) -> io::Result<Self> {
+        Self::from_file(File::from(home.0.try_clone()?), home)
     }
 
     /// Fails with EINVAL if `file` is not a network namespace.
     pub(super) fn from_file(file: File, home: &Home) -> io::Result<Self> {
-        let identity = NetnsIdentity::of_file(&file)?;
         let file = OwnedFd::from(file);
         let cookie = within(file.as_fd(), home, netns_cookie)??;
         Ok(Self {
             file,
-            identity,
             cookie,
             home: home.clone(),
         })
@@ -76,10 +50,6 @@ impl Netns {
 
     pub(super) fn cookie(&self) -> WorkloadKey {
         self.cookie
-    }
-
-    pub(super) fn identity(&self) -> NetnsIdentity {
-        self.identity
     }
 
     pub(super) fn as_file(&self) -> &OwnedFd {

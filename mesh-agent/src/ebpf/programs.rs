@@ -52,9 +52,16 @@ const HOOKS: [Hook; 9] = [
     hook("connect6", "mesh_connect6", 11),
 ];
 
-const LOOKUP_PROGRAM: &str = "mesh_lookup";
-/// `BPF_SK_LOOKUP`.
-const LOOKUP_ATTACH_TYPE: u32 = 36;
+const SOCKOPS: &str = HOOKS[0].name;
+
+const LOOKUP: Hook = hook("lookup", "mesh_lookup", 36);
+
+/// Whom a copy of the object serves: nobody in particular, or one workload.
+struct Serves {
+    workload: WorkloadKey,
+    /// The cookie of the host's namespace, for a workload in it.
+    host: WorkloadKey,
+}
 
 /// An attached program, for the admin page.
 #[derive(Clone, Debug, Serialize)]
@@ -74,8 +81,8 @@ pub(super) fn require_object() -> Result<(), CaptureError> {
 }
 
 /// Loads the object once, which pins the maps that are not there yet, and attaches every cgroup hook.
-pub(super) fn attach_cgroup(folders: &Folders, cgroup: &File, max_flows: u32) -> Result<(), CaptureError> {
-    let mut object = load(folders, 0, max_flows)?;
+pub(super) fn attach_root(folders: &Folders, cgroup: &File, max_flows: u32) -> Result<(), CaptureError> {
+    let mut object = load(folders, &Serves { workload: 0, host: 0 }, max_flows)?;
     for hook in &HOOKS {
         let program = verified(&mut object, hook.program)?;
         let fd = program_fd(program, hook.program)?;
@@ -95,15 +102,46 @@ pub(super) fn attach_lookup(
     workload: WorkloadKey,
     netns: BorrowedFd<'_>,
 ) -> Result<(), CaptureError> {
-    let mut object = load(folders, workload, maps::MAX_FLOWS)?;
-    let program = verified(&mut object, LOOKUP_PROGRAM)?;
-    let fd = program_fd(program, LOOKUP_PROGRAM)?;
+    let mut object = load(folders, &Serves { workload, host: 0 }, maps::MAX_FLOWS)?;
+    let program = verified(&mut object, LOOKUP.program)?;
+    let fd = program_fd(program, LOOKUP.program)?;
     attach(
         fd.as_fd(),
         netns,
-        LOOKUP_ATTACH_TYPE,
-        &folders.lookup_link(workload),
+        LOOKUP.attach_type,
+        &folders.workload_link(workload, LOOKUP.name),
     )
+}
+
+/// Attaches the workload's own instances to its cgroup. Sockets are noted by the `sockops` of the root.
+pub(super) fn attach_workload_cgroup(
+    folders: &Folders,
+    workload: WorkloadKey,
+    host: WorkloadKey,
+    cgroup: &File,
+) -> Result<(), CaptureError> {
+    let mut object = load(folders, &Serves { workload, host }, maps::MAX_FLOWS)?;
+    for hook in HOOKS.iter().filter(|hook| hook.name != SOCKOPS) {
+        let program = verified(&mut object, hook.program)?;
+        let fd = program_fd(program, hook.program)?;
+        let pin = folders.workload_link(workload, hook.name);
+        attach(fd.as_fd(), cgroup.as_fd(), hook.attach_type, &pin)?;
+    }
+    Ok(())
+}
+
+/// Detaches what a workload has of its own.
+pub(super) fn detach_workload(folders: &Folders, workload: WorkloadKey) -> Result<(), CaptureError> {
+    for hook in HOOKS.iter().chain([&LOOKUP]) {
+        let path = folders.workload_link(workload, hook.name);
+        match fs::remove_file(&path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                return Err(CaptureError::Pin { path, source });
+            }
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// True for the pins that belong into the folder of links whatever the workloads are.
@@ -126,7 +164,7 @@ pub(super) fn states(folders: &Folders) -> Vec<HookState> {
     names.into_iter().filter_map(state).collect()
 }
 
-fn load(folders: &Folders, workload: WorkloadKey, max_flows: u32) -> Result<Ebpf, CaptureError> {
+fn load(folders: &Folders, serves: &Serves, max_flows: u32) -> Result<Ebpf, CaptureError> {
     require_object()?;
     let can_set_errno =
         u32::from(KernelVersion::current().is_ok_and(|kernel| kernel >= KernelVersion::new(5, 18, 0)));
@@ -135,7 +173,8 @@ fn load(folders: &Folders, workload: WorkloadKey, max_flows: u32) -> Result<Ebpf
     loader
         .btf(None)
         .map_max_entries(maps::FLOWS, max_flows)
-        .override_global("WORKLOAD", &workload, true)
+        .override_global("WORKLOAD", &serves.workload, true)
+        .override_global("HOST", &serves.host, true)
         .override_global("CAN_SET_ERRNO", &can_set_errno, true);
     for name in maps::ALL {
         loader.map_pin_path(name, folders.maps.join(name));

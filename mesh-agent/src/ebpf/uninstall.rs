@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use mesh_common::maps::{self, HEARTBEAT_LIMIT_NS};
 
-use super::bpffs::{Folders, entries, lookup_link_owner};
+use super::bpffs::{Folders, entries, link_owner};
 use super::maps::Maps;
 use super::{CaptureError, clock, programs};
 
@@ -39,7 +39,7 @@ pub(super) fn remove_strays(folders: &Folders, maps: &Maps) -> Result<(), Captur
     }
     let known = |name: &str| {
         programs::is_hook(name)
-            || lookup_link_owner(name).is_some_and(|key| maps.workloads.get(&key).is_ok_and(|e| e.is_some()))
+            || link_owner(name).is_some_and(|key| maps.workloads.get(&key).is_ok_and(|e| e.is_some()))
     };
     for name in listed(&folders.links)?.into_iter().filter(|name| !known(name)) {
         remove(folders.links.join(name), &mut removed)?;
