@@ -207,7 +207,7 @@ impl AgentConfig {
     }
 
     fn check(raw: RawConfig, file: &Path, node_name: Option<&str>, issues: &mut Issues) -> Self {
-        let base = file.parent().unwrap_or(Path::new(""));
+        let base = file.parent().unwrap_or_else(|| Path::new(""));
         let node = raw
             .node
             .or_else(|| node_name.filter(|name| !name.is_empty()).map(str::to_owned))

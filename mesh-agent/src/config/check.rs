@@ -131,6 +131,20 @@ pub(crate) const DNS_LABEL: &str =
 pub(crate) const DNS_SUBDOMAIN: &str = "allowed: at most 253 lower-case letters, digits, dashes and dots, \
      each part with a letter or digit at both ends";
 
+/// What Kubernetes allows as a label's value: it ends up in metrics.
+pub(crate) fn is_label_value(value: &str) -> bool {
+    let end = |b: Option<u8>| b.is_none_or(|b| b.is_ascii_alphanumeric());
+    value.len() <= 63
+        && end(value.bytes().next())
+        && end(value.bytes().next_back())
+        && value
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+}
+
+pub(crate) const LABEL_VALUE: &str =
+    "allowed: at most 63 letters, digits, dashes, dots and underscores, with a letter or digit at both ends";
+
 /// An address that a pod or service can have.
 pub(crate) fn address(text: &str) -> Result<IpAddr, String> {
     let address = text

@@ -39,6 +39,7 @@ struct Dirty {
     pods: BTreeSet<ResourceKey>,
     services: BTreeSet<ServiceKey>,
     routes: BTreeSet<ResourceKey>,
+    policies: BTreeSet<ResourceKey>,
 }
 
 impl Compiler {
@@ -96,6 +97,10 @@ impl Compiler {
             self.report
                 .note(key, notes.map(Issues::into_vec).unwrap_or_default());
         }
+        for key in &dirty.policies {
+            let note = workloads::policy_note(&self.index, key);
+            self.report.note(key, note.into_iter().collect());
+        }
         for key in &dirty.services {
             self.compile_service(key);
         }
@@ -114,6 +119,11 @@ impl Compiler {
             let addresses = claimed(document);
             (!addresses.is_empty()).then(|| (at.clone(), addresses))
         });
+        // Who was given an address that somebody claims by name moves out.
+        let claims = claim.iter().flat_map(|(_, addresses)| addresses);
+        dirty
+            .services
+            .extend(claims.filter_map(|address| self.vips.holder(*address).cloned()));
         for key in self.claims.replace(&change.key, claim) {
             match key.kind {
                 Kind::Pod => {
@@ -139,6 +149,10 @@ impl Compiler {
                         .extend(self.index.pods(Some(&key.name)).map(|(key, _)| key.clone()));
                 }
                 Resource::PeerAuthentication(policy) => {
+                    dirty
+                        .policies
+                        .extend(self.index.policies(&key.namespace).map(|(key, _)| key.clone()));
+                    dirty.policies.insert(key.clone());
                     let everywhere = *key.namespace == *ROOT_NAMESPACE && policy.selector.is_empty();
                     let pods = self.index.pods((!everywhere).then_some(&*key.namespace));
                     dirty.pods.extend(pods.map(|(key, _)| key.clone()));

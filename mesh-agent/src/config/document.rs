@@ -136,7 +136,6 @@ fn split(text: &str) -> Vec<Chunk<'_>> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let mut chunks = Vec::new();
     let (mut start, mut start_line, mut offset) = (0, 1, 0);
-    let mut line_number = 1;
     let mut close = |from: usize, to: usize, line: usize| {
         let chunk = Chunk {
             line,
@@ -146,7 +145,7 @@ fn split(text: &str) -> Vec<Chunk<'_>> {
             chunks.push(chunk);
         }
     };
-    for line in text.split_inclusive('\n') {
+    for (line_number, line) in (1..).zip(text.split_inclusive('\n')) {
         let end = offset + line.len();
         if is_marker(line, "---") {
             // Directives (`%YAML 1.2`) belong to the document that the marker opens.
@@ -159,7 +158,6 @@ fn split(text: &str) -> Vec<Chunk<'_>> {
             (start, start_line) = (end, line_number + 1);
         }
         offset = end;
-        line_number += 1;
     }
     close(start, text.len(), start_line);
     chunks

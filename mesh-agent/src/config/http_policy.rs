@@ -39,17 +39,17 @@ pub(super) fn timeouts(raw: RawTimeouts, rule: &str, issues: &mut Issues) -> Tim
         request: parse("request", raw.request),
         per_try: parse("backendRequest", raw.backend_request),
     };
-    if let (Some(request), Some(per_try)) = (timeouts.request, timeouts.per_try) {
-        if per_try > request {
-            issues.error(
-                format!("{rule}.timeouts.backendRequest"),
-                format!(
-                    "{} is longer than the whole request may take ({})",
-                    humantime::format_duration(per_try),
-                    humantime::format_duration(request)
-                ),
-            );
-        }
+    if let (Some(request), Some(per_try)) = (timeouts.request, timeouts.per_try)
+        && per_try > request
+    {
+        issues.error(
+            format!("{rule}.timeouts.backendRequest"),
+            format!(
+                "{} is longer than the whole request may take ({})",
+                humantime::format_duration(per_try),
+                humantime::format_duration(request)
+            ),
+        );
     }
     timeouts
 }

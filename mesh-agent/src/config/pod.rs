@@ -109,6 +109,12 @@ impl Pod {
         if matches!(place, Some(Place::Netns(_))) && addresses.is_empty() && !finished {
             issues.error("status.podIP", "needed for a Pod that says where it runs");
         }
+        if spec.host_network && matches!(place, Some(Place::Netns(_))) {
+            issues.error(
+                annotation_path(NETNS),
+                format!("a Pod in the host's network has no network namespace of its own; allowed: {CGROUP}"),
+            );
+        }
         // A document written by hand has no conditions: its pod is there, so it is ready.
         let ready = status.conditions.is_none_or(|conditions| {
             conditions

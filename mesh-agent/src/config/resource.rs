@@ -12,7 +12,10 @@ use serde::Deserialize;
 use serde_json::Value;
 use serde_json::value::{RawValue, to_raw_value};
 
-use super::check::{DNS_LABEL, DNS_SUBDOMAIN, Issue, Issues, is_dns_label, is_dns_subdomain, typed};
+use super::check::{
+    DNS_LABEL, DNS_SUBDOMAIN, Issue, Issues, LABEL_VALUE, is_dns_label, is_dns_subdomain, is_label_value,
+    typed,
+};
 use super::document::RawDocument;
 use super::endpoint_slice::EndpointSlice;
 use super::http_route::HttpRoute;
@@ -235,6 +238,14 @@ impl Meta {
                 })
                 .ok()
         });
+        for (key, value) in &raw.labels {
+            if !is_label_value(value) {
+                issues.error(
+                    format!("metadata.labels.{key}"),
+                    format!("{value:?} is not a label's value; {LABEL_VALUE}"),
+                );
+            }
+        }
         Self {
             labels: shared(raw.labels),
             annotations: raw.annotations,

@@ -179,7 +179,7 @@ fn in_order(index: &Index, service: &ServiceKey, routes: &[(&ResourceKey, &HttpR
             }
         }
     }
-    ordered.sort_by(|(a, _), (b, _)| a.cmp(b));
+    ordered.sort_by_key(|(precedence, _)| *precedence);
     ordered.into_iter().map(|(_, rule)| rule).collect()
 }
 

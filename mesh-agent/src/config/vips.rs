@@ -56,6 +56,15 @@ impl Vips {
         Some(addresses(number))
     }
 
+    /// The service that an address was given to.
+    pub(super) fn holder(&self, address: IpAddr) -> Option<&ServiceKey> {
+        let given = |number: u16| addresses(number).contains(&address);
+        self.given
+            .iter()
+            .find(|(_, number)| given(**number))
+            .map(|(key, _)| key)
+    }
+
     pub(super) fn release(&mut self, key: &ServiceKey) {
         if let Some(number) = self.given.remove(key) {
             self.taken.remove(&number);

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::Settings;
+use super::check::Issue;
 use super::index::Index;
 use super::peer_authentication::PeerAuthentication;
 use super::pod::Pod;
@@ -78,6 +79,22 @@ fn mtls(index: &Index, namespace: &str, labels: &Labels) -> MtlsPolicy {
             .filter(|(_, mode)| *mode != default)
             .collect(),
     }
+}
+
+/// What will surprise the author of a policy: that it reaches nobody.
+pub(super) fn policy_note(index: &Index, key: &ResourceKey) -> Option<Issue> {
+    let (_, policy) = index.policies(&key.namespace).find(|(other, _)| *other == key)?;
+    if !policy.selector.is_empty() {
+        return (*key.namespace == *ROOT_NAMESPACE).then(|| {
+            let message = format!("a policy with a selector has no effect in {ROOT_NAMESPACE}, as in Istio");
+            Issue::warning("spec.selector", message)
+        });
+    }
+    let in_force = oldest(index, &key.namespace, |policy| policy.selector.is_empty())?;
+    (!std::ptr::eq(in_force, policy)).then(|| {
+        let message = "an older policy is for the whole namespace already; this one has no effect";
+        Issue::warning("", message)
+    })
 }
 
 /// Of policies with the same reach the oldest counts; those without a date are the newest, then the name decides.

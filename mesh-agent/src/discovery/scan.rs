@@ -218,7 +218,7 @@ impl FileSource {
 
     /// Notes that a file cannot be read; `keep` leaves its documents in force.
     fn fail(&mut self, origin: Origin, message: &str, keep: bool, changes: &mut Changes) {
-        let hash = self.hasher.hash_one((message, keep));
+        let hash = self.hasher.hash_one(message);
         let seen = Seen {
             stamp: None,
             text: Some(hash),

@@ -181,10 +181,10 @@ impl Folders {
             }
         }
         for (folder, inode) in &wanted {
-            if self.watched.get(folder) != Some(inode) {
-                if let Err(error) = watcher.watch(folder, RecursiveMode::NonRecursive) {
-                    tracing::debug!(folder = %folder.display(), %error, "polled only");
-                }
+            if self.watched.get(folder) != Some(inode)
+                && let Err(error) = watcher.watch(folder, RecursiveMode::NonRecursive)
+            {
+                tracing::debug!(folder = %folder.display(), %error, "polled only");
             }
         }
         self.watched = wanted;

@@ -1,5 +1,7 @@
 //! Bad documents, each with the finding that its author gets.
 
+#![expect(clippy::too_many_lines, reason = "the tables are long, their code is not")]
+
 use super::*;
 
 fn check(documents: &[(&str, &str)]) {
@@ -143,6 +145,18 @@ fn documents_as_such() {
 #[test]
 fn pods() {
     check_each(&[
+        (
+            pod_with(", labels: {a: 'b c'}", "", ""),
+            "metadata.labels.a: \"b c\" is not a label's value; allowed: ",
+        ),
+        (
+            pod_with(
+                ", annotations: {mesh-agent.dev/netns: /x}",
+                "nodeName: n, hostNetwork: true",
+                "podIP: 10.0.0.1",
+            ),
+            "[mesh-agent.dev/netns]: a Pod in the host's network has no network namespace of its own",
+        ),
         (
             pod_with("", "", "podIP: 10.0.0.0.1"),
             "Pod shop/a: status.podIP: `10.0.0.0.1` is not an IP address",
@@ -505,6 +519,43 @@ fn matches_and_filters() {
             "spec.rules[0].backendRefs[0].filters[0].type: CORS is not supported",
         ),
     ]);
+}
+
+#[test]
+fn policies_without_effect() {
+    let older = policy_with("").replace("name: a", "name: b, creationTimestamp: '2020-01-01T00:00:00Z'");
+    let both = format!("{}\n---\n{older}", policy_with(""));
+    let mut mesh = Mesh::of(&both);
+    assert_eq!(
+        mesh.findings(),
+        [
+            "mesh.yaml:document 1: PeerAuthentication shop/a: an older policy is for the whole namespace already; this one has no effect"
+        ]
+    );
+    mesh.set("mesh.yaml", &policy_with(""));
+    assert_eq!(mesh.findings(), [""; 0]);
+    let rooted =
+        policy_with("selector: {matchLabels: {a: b}}").replace("namespace: shop", "namespace: istio-system");
+    assert!(
+        Mesh::of(&rooted).findings()[0]
+            .contains("spec.selector: a policy with a selector has no effect in istio-system")
+    );
+}
+
+#[test]
+fn an_address_given_by_the_agent_goes_to_who_claims_it() {
+    let mut mesh = Mesh::of(&service_with("ports: [{port: 80}]"));
+    let given = mesh.service("shop/a").vips.clone();
+    let claimer = service_with(&format!("clusterIP: {}", given[0])).replace("name: a", "name: b");
+    mesh.set("other.yaml", &claimer);
+    assert_eq!(mesh.findings(), [""; 0]);
+    assert_ne!(mesh.service("shop/a").vips[0], given[0]);
+    for name in ["shop/a", "shop/b"] {
+        let service = mesh.service(name);
+        for vip in &service.vips {
+            assert!(Arc::ptr_eq(&mesh.snapshot().services_by_vip[vip], &service));
+        }
+    }
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! What a change leaves alone, and that it comes to the same as starting anew.
 
+#![expect(clippy::too_many_lines, reason = "the tables are long, their code is not")]
+
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
@@ -308,7 +310,7 @@ fn document(rng: &mut Rng) -> String {
 
 #[test]
 fn any_history_comes_to_the_same_as_starting_anew() {
-    for seed in 0..60 {
+    for seed in 0..30 {
         let mut rng = Rng::with_seed(seed);
         let mut mesh = Mesh::new();
         let mut texts: BTreeMap<String, String> = BTreeMap::new();

@@ -1,5 +1,7 @@
 //! Whole documents through the compiler.
 
+#![expect(clippy::too_many_lines, reason = "the tables are long, their code is not")]
+
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
