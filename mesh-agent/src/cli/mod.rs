@@ -1,3 +1,150 @@
-//! The user's side: commands that run, print and end.
+//! The command line: what users ask of an agent that runs, of their files, or of what an agent left behind.
+//!
+//! Invariants: every failure says what to do next; tables go to stdout and nothing else does, so that output can
+//! be piped; text from an agent cannot steer the terminal.
 
-pub mod validate;
+mod age;
+mod client;
+mod get;
+mod status;
+mod table;
+#[cfg(test)]
+mod tests;
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::time::SystemTime;
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use self::client::Client;
+use crate::admin::api;
+use crate::ebpf;
+
+const EXAMPLES: &str = "\
+Examples:
+  mesh-agent run --config agent.yaml          run the agent
+  mesh-agent validate resources/              check documents without an agent
+  mesh-agent status                           how the agent of this node is
+  mesh-agent get services -n shop -o wide     what it knows
+  mesh-agent get routes reviews -o yaml
+  mesh-agent uninstall                        remove what an agent that is gone left in the kernel";
+
+/// The node agent of a service mesh: eBPF capture, one shared L7 proxy.
+#[derive(Debug, Parser)]
+#[command(name = "mesh-agent", version, about, after_help = EXAMPLES, arg_required_else_help = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the agent until SIGTERM or SIGINT.
+    Run {
+        /// The agent's configuration; every field has a default.
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+    },
+    /// Show how a running agent is.
+    Status {
+        #[command(flatten)]
+        output: Output,
+    },
+    /// List what a running agent knows.
+    Get {
+        kind: Kind,
+        /// Only this one.
+        name: Option<String>,
+        /// Only in this namespace; all of them without it.
+        #[arg(short, long)]
+        namespace: Option<String>,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Remove every program, map and link that an agent that is gone left in the kernel.
+    Uninstall {
+        /// The folder of its pins, as in its configuration.
+        #[arg(long, value_name = "PATH", default_value = "/sys/fs/bpf/mesh-agent")]
+        bpffs: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct Output {
+    /// How to show it.
+    #[arg(short, long, value_enum, default_value = "table")]
+    output: Format,
+    /// The agent's admin address.
+    #[arg(long, value_name = "HOST:PORT", env = "MESH_AGENT_ADMIN", default_value = "127.0.0.1:15000")]
+    admin: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    Table,
+    /// With more columns.
+    Wide,
+    Json,
+    Yaml,
+}
+
+/// What can be listed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Kind {
+    #[value(alias = "workload", alias = "wl")]
+    Workloads,
+    #[value(alias = "service", alias = "svc")]
+    Services,
+    #[value(alias = "route")]
+    Routes,
+    #[value(alias = "policy")]
+    Policies,
+    #[value(alias = "certificate", alias = "certs")]
+    Certificates,
+    #[value(alias = "connection", alias = "conns")]
+    Connections,
+    Ebpf,
+}
+
+/// Runs any command but `run`, which is not a user's question.
+pub fn execute(command: Command) -> anyhow::Result<()> {
+    let mut stdout = io::stdout().lock();
+    match command {
+        Command::Run { .. } => anyhow::bail!("`run` is not one of the commands that ask"),
+        Command::Status { output } => show_status(&output, &mut stdout),
+        Command::Get { kind, name, namespace, output } => {
+            let wanted = get::Wanted { kind, name, namespace };
+            get::run(&wanted, &output, &mut stdout)
+        }
+        Command::Uninstall { bpffs } => uninstall(&bpffs, &mut stdout),
+    }
+}
+
+fn show_status(output: &Output, out: &mut impl Write) -> anyhow::Result<()> {
+    let body = Client::new(&output.admin).get("/api/v1/status")?;
+    let status: api::Status = client::parse(&body)?;
+    match output.output {
+        Format::Json => out.write_all(&body)?,
+        Format::Yaml => out.write_all(yaml(&status)?.as_bytes())?,
+        Format::Table | Format::Wide => out.write_all(status::render(&status, SystemTime::now()).as_bytes())?,
+    }
+    Ok(())
+}
+
+fn uninstall(bpffs: &std::path::Path, out: &mut impl Write) -> anyhow::Result<()> {
+    let removed = ebpf::uninstall(bpffs).with_context(|| format!("cannot uninstall {}", bpffs.display()))?;
+    if removed.is_empty() {
+        writeln!(out, "Nothing to remove: no agent left anything under {}.", bpffs.display())?;
+    }
+    for path in removed {
+        writeln!(out, "removed {}", path.display())?;
+    }
+    Ok(())
+}
+
+fn yaml(value: &impl serde::Serialize) -> anyhow::Result<String> {
+    let text = serde_saphyr::to_string(value)?;
+    Ok(if text.ends_with('\n') { text } else { text + "\n" })
+}

@@ -1,0 +1,61 @@
+//! `mesh-agent status`: one screen about one agent.
+
+use std::fmt::Write;
+use std::time::{Duration, SystemTime};
+
+use super::age;
+use super::table::{Table, printable};
+use crate::admin::api::{Finding, Status};
+
+pub(super) fn render(status: &Status, now: SystemTime) -> String {
+    let counts = &status.counts;
+    let state = match (status.draining, status.ready) {
+        (true, _) => "draining",
+        (false, true) => "ready",
+        (false, false) => "not ready",
+    };
+    let certificates = match &status.next_certificate_expiry {
+        Some(expiry) => format!("{}, the first ends in {}", counts.certificates, age::until(Some(expiry), now)),
+        None => counts.certificates.to_string(),
+    };
+    let uptime = age::short(Duration::from_secs(status.uptime_seconds));
+    let mut text = String::new();
+    for (label, value) in [
+        ("Node", status.node.clone()),
+        ("State", state.to_owned()),
+        ("Version", status.version.clone()),
+        ("Running for", format!("{uptime} (process {})", status.pid)),
+        ("Trust domain", status.trust_domain.clone()),
+        ("Workloads", format!("{} here, {} known", counts.local_workloads, counts.workloads)),
+        ("Services", counts.services.to_string()),
+        ("Route rules", counts.routes.to_string()),
+        ("Certificates", certificates),
+        ("Connections", format!("{} in, {} out", counts.inbound_connections, counts.outbound_connections)),
+        ("Generation", status.generation.to_string()),
+    ] {
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "{:<14}{}", format!("{label}:"), printable(&value));
+    }
+    let missing = status.conditions.iter().filter(|condition| !condition.holds);
+    for condition in missing {
+        let _ = writeln!(text, "Not ready:    {}: {}", printable(&condition.name), printable(&condition.message));
+    }
+    text + &findings(&status.findings)
+}
+
+fn findings(findings: &[Finding]) -> String {
+    if findings.is_empty() {
+        return String::new();
+    }
+    let mut table = Table::new(&["SEVERITY", "RESOURCE", "WHERE", "MESSAGE"], &[], false);
+    for finding in findings {
+        let place = format!("{}:{} {}", finding.file, finding.document, finding.path);
+        table.row([
+            finding.severity.clone(),
+            finding.resource.clone(),
+            place.trim_end().to_owned(),
+            finding.message.clone(),
+        ]);
+    }
+    format!("\n{}", table.render())
+}
