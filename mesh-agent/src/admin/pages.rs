@@ -44,17 +44,16 @@ pub(super) fn answer(site: &Site, parts: &Parts, body: &Bytes) -> Answer {
             "ask for the admin page by an address or as localhost, not by another name",
         );
     }
-    page(site, parts, body).unwrap_or_else(|refused| refused)
+    page(site, parts, body).unwrap_or_else(Refusal::answer)
 }
 
-/// Both answers are answers: the error only ends the search early.
-fn page(site: &Site, parts: &Parts, body: &Bytes) -> Result<Answer, Answer> {
+fn page(site: &Site, parts: &Parts, body: &Bytes) -> Result<Answer, Refusal> {
     let sources = &*site.sources;
     match parts.uri.path() {
         "/healthz" => read(parts, || json(&serde_json::json!({"healthy": true}))),
         "/readyz" => read(parts, || readyz(sources)),
         "/metrics" => read(parts, || metrics(sources)),
-        _ if site.scope == Scope::Metrics => Err(not_found(&["/metrics", "/healthz", "/readyz"])),
+        _ if site.scope == Scope::Metrics => Err(Refusal::not_found(&["/metrics", "/healthz", "/readyz"])),
         "/" => read(parts, || {
             with_type(HTML, html::index(&status(sources), &sources.log.get()))
         }),
@@ -62,7 +61,7 @@ fn page(site: &Site, parts: &Parts, body: &Bytes) -> Result<Answer, Answer> {
         "/config_dump" => read(parts, || json(&config_dump(sources))),
         path => match path.strip_prefix("/api/v1/") {
             Some(name) => resource(sources, parts, name),
-            None => Err(not_found(&PATHS)),
+            None => Err(Refusal::not_found(&PATHS)),
         },
     }
 }
@@ -84,7 +83,7 @@ const PATHS: [&str; 14] = [
     "/api/v1/ebpf",
 ];
 
-fn resource(sources: &AdminSources, parts: &Parts, name: &str) -> Result<Answer, Answer> {
+fn resource(sources: &AdminSources, parts: &Parts, name: &str) -> Result<Answer, Refusal> {
     let snapshot = sources.store.load();
     match name {
         "status" => read(parts, || json(&status(sources))),
@@ -95,7 +94,7 @@ fn resource(sources: &AdminSources, parts: &Parts, name: &str) -> Result<Answer,
         "policies" => list(parts, || view::policies(&snapshot)),
         "certificates" => list(parts, || certificates(sources)),
         "connections" => list(parts, || connections(sources)),
-        _ => Err(not_found(&PATHS)),
+        _ => Err(Refusal::not_found(&PATHS)),
     }
 }
 
@@ -156,24 +155,24 @@ fn next_expiry(sources: &AdminSources) -> Option<SystemTime> {
         .min()
 }
 
-fn logging(sources: &AdminSources, parts: &Parts, body: &Bytes) -> Result<Answer, Answer> {
+fn logging(sources: &AdminSources, parts: &Parts, body: &Bytes) -> Result<Answer, Refusal> {
     if parts.method == Method::PUT || parts.method == Method::POST {
         if request::is_cross_origin(parts) {
-            return Err(failure(
+            return Err(Refusal::new(
                 StatusCode::FORBIDDEN,
                 "a page of another site may not change anything here",
             ));
         }
-        let [level] = request::query(parts, ["level"]).map_err(|error| bad_request(&error))?;
-        let text = std::str::from_utf8(body).map_err(|_| bad_request("the filter is not UTF-8"))?;
-        let filter = level.as_deref().unwrap_or(text.trim());
+        let [level] = request::query(parts, ["level"]).map_err(Refusal::bad_request)?;
+        let text = std::str::from_utf8(body).map_err(|_| Refusal::bad_request("the filter is not UTF-8"))?;
+        let filter = level.as_deref().unwrap_or_else(|| text.trim());
         sources
             .log
             .set(filter)
-            .map_err(|error| bad_request(&error.to_string()))?;
+            .map_err(|error| Refusal::bad_request(error.to_string()))?;
         tracing::info!(filter, "the log's filter is changed");
     } else if parts.method != Method::GET && parts.method != Method::HEAD {
-        return Err(not_allowed("GET, HEAD, PUT, POST"));
+        return Err(Refusal::not_allowed("GET, HEAD, PUT, POST"));
     }
     let filter = sources.log.get();
     Ok(json(&api::Logging { filter }))
@@ -250,13 +249,13 @@ fn connections(sources: &AdminSources) -> Vec<api::Connection> {
 }
 
 /// A page that is only read.
-fn read(parts: &Parts, page: impl FnOnce() -> Answer) -> Result<Answer, Answer> {
+fn read(parts: &Parts, page: impl FnOnce() -> Answer) -> Result<Answer, Refusal> {
     let [] = only_read(parts, [])?;
     Ok(page())
 }
 
 /// A list, filtered by `?namespace=` and `?name=`.
-fn list<T: Serialize + Named>(parts: &Parts, items: impl FnOnce() -> Vec<T>) -> Result<Answer, Answer> {
+fn list<T: Serialize + Named>(parts: &Parts, items: impl FnOnce() -> Vec<T>) -> Result<Answer, Refusal> {
     let [namespace, name] = only_read(parts, ["namespace", "name"])?;
     let wanted = |item: &T| {
         namespace
@@ -268,11 +267,11 @@ fn list<T: Serialize + Named>(parts: &Parts, items: impl FnOnce() -> Vec<T>) -> 
     Ok(json(&found))
 }
 
-fn only_read<const N: usize>(parts: &Parts, allowed: [&str; N]) -> Result<[Option<String>; N], Answer> {
+fn only_read<const N: usize>(parts: &Parts, allowed: [&str; N]) -> Result<[Option<String>; N], Refusal> {
     if parts.method != Method::GET && parts.method != Method::HEAD {
-        return Err(not_allowed("GET, HEAD"));
+        return Err(Refusal::not_allowed("GET, HEAD"));
     }
-    request::query(parts, allowed).map_err(|error| bad_request(&error))
+    request::query(parts, allowed).map_err(Refusal::bad_request)
 }
 
 fn json(value: &impl Serialize) -> Answer {
@@ -285,26 +284,54 @@ fn json(value: &impl Serialize) -> Answer {
     }
 }
 
-fn bad_request(message: &str) -> Answer {
-    failure(StatusCode::BAD_REQUEST, message)
+/// Why there is no page for a request.
+#[derive(Debug)]
+struct Refusal {
+    status: StatusCode,
+    message: String,
+    /// The methods that would have done.
+    allow: Option<&'static str>,
 }
 
-fn not_found(known: &[&str]) -> Answer {
-    failure(
-        StatusCode::NOT_FOUND,
-        &format!("no such page; there are {}", known.join(" ")),
-    )
-}
+impl Refusal {
+    fn new(status: StatusCode, message: impl Into<String>) -> Self {
+        Self {
+            status,
+            message: message.into(),
+            allow: None,
+        }
+    }
 
-fn not_allowed(methods: &'static str) -> Answer {
-    let mut answer = failure(
-        StatusCode::METHOD_NOT_ALLOWED,
-        &format!("this page takes {methods}"),
-    );
-    answer
-        .headers_mut()
-        .insert(ALLOW, HeaderValue::from_static(methods));
-    answer
+    fn bad_request(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, message)
+    }
+
+    fn not_found(known: &[&str]) -> Self {
+        Self::new(
+            StatusCode::NOT_FOUND,
+            format!("no such page; there are {}", known.join(" ")),
+        )
+    }
+
+    fn not_allowed(methods: &'static str) -> Self {
+        Self {
+            allow: Some(methods),
+            ..Self::new(
+                StatusCode::METHOD_NOT_ALLOWED,
+                format!("this page takes {methods}"),
+            )
+        }
+    }
+
+    fn answer(self) -> Answer {
+        let mut answer = failure(self.status, &self.message);
+        if let Some(methods) = self.allow {
+            answer
+                .headers_mut()
+                .insert(ALLOW, HeaderValue::from_static(methods));
+        }
+        answer
+    }
 }
 
 pub(super) fn failure(status: StatusCode, message: &str) -> Answer {

@@ -147,6 +147,6 @@ mod tests {
         ] {
             query(&parts(bad, &[]), ["name"]).unwrap_err();
         }
-        assert_eq!(query(&parts("/?", &[]), []).unwrap(), [const { None }; 0]);
+        query(&parts("/?", &[]), []).unwrap();
     }
 }

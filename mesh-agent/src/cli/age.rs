@@ -28,7 +28,9 @@ pub(super) fn short(duration: Duration) -> String {
 }
 
 fn between(start: Option<SystemTime>, end: Option<SystemTime>) -> String {
-    let duration = start.zip(end).map(|(start, end)| end.duration_since(start).unwrap_or(Duration::ZERO));
+    let duration = start
+        .zip(end)
+        .map(|(start, end)| end.duration_since(start).unwrap_or(Duration::ZERO));
     duration.map_or_else(|| "-".to_owned(), short)
 }
 

@@ -31,15 +31,22 @@ impl<'a> Client<'a> {
 
     /// The body of a page.
     pub(super) fn get(&self, path: &str) -> anyhow::Result<Bytes> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
         let answer = runtime.block_on(async { timeout(LIMIT, self.ask(path)).await });
         let (status, body) = answer.map_err(|_| {
-            anyhow!("the agent at {} does not answer within {} s", self.address, LIMIT.as_secs())
+            anyhow!(
+                "the agent at {} does not answer within {} s",
+                self.address,
+                LIMIT.as_secs()
+            )
         })??;
         if status == StatusCode::OK {
             return Ok(body);
         }
-        let failure = parse::<api::Failure>(&body).map_or_else(|_| "no reason given".to_owned(), |it| it.error);
+        let failure =
+            parse::<api::Failure>(&body).map_or_else(|_| "no reason given".to_owned(), |it| it.error);
         bail!("http://{}{path} answers {status}: {failure}", self.address);
     }
 
@@ -62,7 +69,9 @@ impl<'a> Client<'a> {
             let body = body.map_err(|error| anyhow!("{error}"))?;
             Ok::<_, anyhow::Error>((status, body.to_bytes()))
         };
-        exchange.await.with_context(|| format!("what listens at {} does not talk like an agent", self.address))
+        exchange
+            .await
+            .with_context(|| format!("what listens at {} does not talk like an agent", self.address))
     }
 }
 

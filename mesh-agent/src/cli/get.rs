@@ -50,7 +50,9 @@ fn list<T: Serialize + DeserializeOwned>(
 ) -> anyhow::Result<()> {
     let body = Client::new(&output.admin).get(&wanted.path())?;
     let found: Vec<T> = parse(&body)?;
-    if found.is_empty() && (wanted.name.is_some() || output.output != Format::Json && output.output != Format::Yaml) {
+    if found.is_empty()
+        && (wanted.name.is_some() || output.output != Format::Json && output.output != Format::Yaml)
+    {
         bail!("{}", wanted.not_found());
     }
     write(output, out, &body, render)
@@ -87,8 +89,12 @@ impl Kind {
 impl Wanted {
     fn path(&self) -> String {
         let parameters = [("namespace", &self.namespace), ("name", &self.name)];
-        let given = parameters.iter().filter_map(|(key, value)| Some((key, value.as_ref()?)));
-        let query: Vec<_> = given.map(|(key, value)| format!("{key}={}", encode(value))).collect();
+        let given = parameters
+            .iter()
+            .filter_map(|(key, value)| Some((key, value.as_ref()?)));
+        let query: Vec<_> = given
+            .map(|(key, value)| format!("{key}={}", encode(value)))
+            .collect();
         match query.is_empty() {
             true => self.kind.path().to_owned(),
             false => format!("{}?{}", self.kind.path(), query.join("&")),
@@ -97,13 +103,23 @@ impl Wanted {
 
     fn not_found(&self) -> String {
         let kind = self.kind.path().rsplit('/').next().unwrap_or_default();
-        let name = self.name.as_ref().map(|name| format!(" named `{name}`")).unwrap_or_default();
-        let namespace = self.namespace.as_ref().map(|namespace| format!(" in namespace `{namespace}`"));
+        let name = self
+            .name
+            .as_ref()
+            .map(|name| format!(" named `{name}`"))
+            .unwrap_or_default();
+        let namespace = self
+            .namespace
+            .as_ref()
+            .map(|namespace| format!(" in namespace `{namespace}`"));
         let hint = match (&self.name, &self.namespace) {
             (None, None) => "",
             _ => "; without a name and -n all are listed",
         };
-        format!("the agent knows no {kind}{name}{}{hint}", namespace.unwrap_or_default())
+        format!(
+            "the agent knows no {kind}{name}{}{hint}",
+            namespace.unwrap_or_default()
+        )
     }
 }
 
@@ -131,7 +147,11 @@ pub(super) fn workloads(items: &Vec<Workload>, wide: bool) -> String {
             state,
             item.node.clone(),
             item.addresses.join(","),
-            if item.meshed { mtls(&item.mtls) } else { String::new() },
+            if item.meshed {
+                mtls(&item.mtls)
+            } else {
+                String::new()
+            },
             item.identity.clone(),
             item.on_agent_down.clone(),
             item.place.clone().unwrap_or_default(),
@@ -145,14 +165,25 @@ pub(super) fn services(items: &Vec<Service>, wide: bool) -> String {
     let narrow = ["NAMESPACE", "NAME", "ADDRESSES", "PORTS", "ENDPOINTS"];
     let mut table = Table::new(&narrow, &["ROUTES", "HOSTNAME", "SOURCE"], wide);
     for item in items {
-        let ports = item.ports.iter().map(|port| format!("{}/{}", port.port, port.protocol));
+        let ports = item
+            .ports
+            .iter()
+            .map(|port| format!("{}/{}", port.port, port.protocol));
         table.row([
             item.namespace.clone(),
             item.name.clone(),
-            if item.headless { "None".to_owned() } else { item.addresses.join(",") },
+            if item.headless {
+                "None".to_owned()
+            } else {
+                item.addresses.join(",")
+            },
             ports.collect::<Vec<_>>().join(","),
             endpoints(&item.ports, wide),
-            item.ports.iter().map(|port| port.routes).sum::<usize>().to_string(),
+            item.ports
+                .iter()
+                .map(|port| port.routes)
+                .sum::<usize>()
+                .to_string(),
             item.hostname.clone(),
             item.source.clone().unwrap_or_default(),
         ]);
@@ -163,11 +194,20 @@ pub(super) fn services(items: &Vec<Service>, wide: bool) -> String {
 /// A few addresses like kubectl, all of them when there is room.
 fn endpoints(ports: &[ServicePort], wide: bool) -> String {
     const FEW: usize = 3;
-    let mut addresses: Vec<_> = ports.iter().flat_map(|port| &port.endpoints).map(|endpoint| &*endpoint.address).collect();
+    let mut addresses: Vec<_> = ports
+        .iter()
+        .flat_map(|port| &port.endpoints)
+        .map(|endpoint| &*endpoint.address)
+        .collect();
     addresses.sort_unstable();
     addresses.dedup();
     let shown = if wide { addresses.len() } else { FEW };
-    let listed = addresses.iter().take(shown).copied().collect::<Vec<_>>().join(",");
+    let listed = addresses
+        .iter()
+        .take(shown)
+        .copied()
+        .collect::<Vec<_>>()
+        .join(",");
     match addresses.len().saturating_sub(shown) {
         0 => listed,
         more => format!("{listed} + {more} more"),
@@ -195,7 +235,12 @@ pub(super) fn routes(items: &Vec<Route>, wide: bool) -> String {
 }
 
 fn matches(matches: &RouteMatch) -> String {
-    let parts = matches.method.iter().chain(&matches.path).chain(&matches.headers).chain(&matches.query);
+    let parts = matches
+        .method
+        .iter()
+        .chain(&matches.path)
+        .chain(&matches.headers)
+        .chain(&matches.query);
     match parts.map(String::as_str).collect::<Vec<_>>().join(" ") {
         all if all.is_empty() => "*".to_owned(),
         some => some,
@@ -218,7 +263,12 @@ fn backends(backends: &[Backend]) -> String {
 pub(super) fn policies(items: &Vec<Policy>, wide: bool) -> String {
     let mut table = Table::new(&["NAMESPACE", "NAME", "MTLS", "AGENT-DOWN"], &[], wide);
     for item in items {
-        table.row([item.namespace.clone(), item.name.clone(), mtls(&item.mtls), item.on_agent_down.clone()]);
+        table.row([
+            item.namespace.clone(),
+            item.name.clone(),
+            mtls(&item.mtls),
+            item.on_agent_down.clone(),
+        ]);
     }
     table.render()
 }
@@ -252,7 +302,17 @@ pub(super) fn certificates(items: &Vec<Certificate>, wide: bool, now: SystemTime
 }
 
 pub(super) fn connections(items: &Vec<Connection>, wide: bool, now: SystemTime) -> String {
-    let narrow = ["NAMESPACE", "NAME", "DIRECTION", "PROTOCOL", "PEER", "DESTINATION", "RECEIVED", "SENT", "AGE"];
+    let narrow = [
+        "NAMESPACE",
+        "NAME",
+        "DIRECTION",
+        "PROTOCOL",
+        "PEER",
+        "DESTINATION",
+        "RECEIVED",
+        "SENT",
+        "AGE",
+    ];
     let mut table = Table::new(&narrow, &["PEER-IDENTITY"], wide);
     for item in items {
         table.row([
@@ -272,22 +332,44 @@ pub(super) fn connections(items: &Vec<Connection>, wide: bool, now: SystemTime) 
 }
 
 pub(super) fn ebpf(state: &Ebpf, wide: bool) -> String {
-    let mut tables = vec![Table::new(&["STATE", "KERNEL", "LAYOUT", "BPFFS"], &["MESSAGE"], wide)];
+    let mut tables = vec![Table::new(
+        &["STATE", "KERNEL", "LAYOUT", "BPFFS"],
+        &["MESSAGE"],
+        wide,
+    )];
     let message = match state.message.as_str() {
         "" => state.state.clone(),
         message => format!("{} ({message})", state.state),
     };
     let kernel = state.kernel.clone();
-    tables[0].row([message, kernel, state.layout.clone(), state.bpffs.clone(), String::new()]);
+    tables[0].row([
+        message,
+        kernel,
+        state.layout.clone(),
+        state.bpffs.clone(),
+        String::new(),
+    ]);
     let mut hooks = Table::new(&["HOOK", "PROGRAM", "LINK"], &[], wide);
     for hook in &state.hooks {
-        hooks.row([hook.name.clone(), hook.program_id.to_string(), hook.link_id.to_string()]);
+        hooks.row([
+            hook.name.clone(),
+            hook.program_id.to_string(),
+            hook.link_id.to_string(),
+        ]);
     }
     let mut maps = Table::new(&["MAP", "ENTRIES", "CAPACITY"], &[], wide);
     for map in &state.maps {
-        maps.row([map.name.clone(), map.entries.to_string(), map.capacity.to_string()]);
+        maps.row([
+            map.name.clone(),
+            map.entries.to_string(),
+            map.capacity.to_string(),
+        ]);
     }
-    let mut workloads = Table::new(&["WORKLOAD", "ADDRESSES", "AGENT-DOWN", "SERVED"], &["OUTBOUND", "INBOUND"], wide);
+    let mut workloads = Table::new(
+        &["WORKLOAD", "ADDRESSES", "AGENT-DOWN", "SERVED"],
+        &["OUTBOUND", "INBOUND"],
+        wide,
+    );
     for workload in &state.workloads {
         workloads.row([
             workload.key.clone(),

@@ -12,7 +12,8 @@ mod table;
 mod tests;
 
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::time::SystemTime;
 
 use anyhow::Context;
@@ -77,7 +78,12 @@ pub struct Output {
     #[arg(short, long, value_enum, default_value = "table")]
     output: Format,
     /// The agent's admin address.
-    #[arg(long, value_name = "HOST:PORT", env = "MESH_AGENT_ADMIN", default_value = "127.0.0.1:15000")]
+    #[arg(
+        long,
+        value_name = "HOST:PORT",
+        env = "MESH_AGENT_ADMIN",
+        default_value = "127.0.0.1:15000"
+    )]
     admin: String,
 }
 
@@ -109,17 +115,27 @@ pub enum Kind {
 }
 
 /// Runs any command but `run`, which is not a user's question.
-pub fn execute(command: Command) -> anyhow::Result<()> {
+pub fn execute(command: Command) -> anyhow::Result<ExitCode> {
     let mut stdout = io::stdout().lock();
     match command {
         Command::Run { .. } => anyhow::bail!("`run` is not one of the commands that ask"),
-        Command::Status { output } => show_status(&output, &mut stdout),
-        Command::Get { kind, name, namespace, output } => {
-            let wanted = get::Wanted { kind, name, namespace };
-            get::run(&wanted, &output, &mut stdout)
+        Command::Status { output } => show_status(&output, &mut stdout)?,
+        Command::Get {
+            kind,
+            name,
+            namespace,
+            output,
+        } => {
+            let wanted = get::Wanted {
+                kind,
+                name,
+                namespace,
+            };
+            get::run(&wanted, &output, &mut stdout)?;
         }
-        Command::Uninstall { bpffs } => uninstall(&bpffs, &mut stdout),
+        Command::Uninstall { bpffs } => uninstall(&bpffs, &mut stdout)?,
     }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn show_status(output: &Output, out: &mut impl Write) -> anyhow::Result<()> {
@@ -128,15 +144,21 @@ fn show_status(output: &Output, out: &mut impl Write) -> anyhow::Result<()> {
     match output.output {
         Format::Json => out.write_all(&body)?,
         Format::Yaml => out.write_all(yaml(&status)?.as_bytes())?,
-        Format::Table | Format::Wide => out.write_all(status::render(&status, SystemTime::now()).as_bytes())?,
+        Format::Table | Format::Wide => {
+            out.write_all(status::render(&status, SystemTime::now()).as_bytes())?
+        }
     }
     Ok(())
 }
 
-fn uninstall(bpffs: &std::path::Path, out: &mut impl Write) -> anyhow::Result<()> {
+fn uninstall(bpffs: &Path, out: &mut impl Write) -> anyhow::Result<()> {
     let removed = ebpf::uninstall(bpffs).with_context(|| format!("cannot uninstall {}", bpffs.display()))?;
     if removed.is_empty() {
-        writeln!(out, "Nothing to remove: no agent left anything under {}.", bpffs.display())?;
+        writeln!(
+            out,
+            "Nothing to remove: no agent left anything under {}.",
+            bpffs.display()
+        )?;
     }
     for path in removed {
         writeln!(out, "removed {}", path.display())?;

@@ -15,7 +15,11 @@ pub(super) fn render(status: &Status, now: SystemTime) -> String {
         (false, false) => "not ready",
     };
     let certificates = match &status.next_certificate_expiry {
-        Some(expiry) => format!("{}, the first ends in {}", counts.certificates, age::until(Some(expiry), now)),
+        Some(expiry) => format!(
+            "{}, the first ends in {}",
+            counts.certificates,
+            age::until(Some(expiry), now)
+        ),
         None => counts.certificates.to_string(),
     };
     let uptime = age::short(Duration::from_secs(status.uptime_seconds));
@@ -26,11 +30,20 @@ pub(super) fn render(status: &Status, now: SystemTime) -> String {
         ("Version", status.version.clone()),
         ("Running for", format!("{uptime} (process {})", status.pid)),
         ("Trust domain", status.trust_domain.clone()),
-        ("Workloads", format!("{} here, {} known", counts.local_workloads, counts.workloads)),
+        (
+            "Workloads",
+            format!("{} here, {} known", counts.local_workloads, counts.workloads),
+        ),
         ("Services", counts.services.to_string()),
         ("Route rules", counts.routes.to_string()),
         ("Certificates", certificates),
-        ("Connections", format!("{} in, {} out", counts.inbound_connections, counts.outbound_connections)),
+        (
+            "Connections",
+            format!(
+                "{} in, {} out",
+                counts.inbound_connections, counts.outbound_connections
+            ),
+        ),
         ("Generation", status.generation.to_string()),
     ] {
         // Writing to a string cannot fail.
@@ -38,7 +51,12 @@ pub(super) fn render(status: &Status, now: SystemTime) -> String {
     }
     let missing = status.conditions.iter().filter(|condition| !condition.holds);
     for condition in missing {
-        let _ = writeln!(text, "Not ready:    {}: {}", printable(&condition.name), printable(&condition.message));
+        let _ = writeln!(
+            text,
+            "Not ready:    {}: {}",
+            printable(&condition.name),
+            printable(&condition.message)
+        );
     }
     text + &findings(&status.findings)
 }

@@ -11,7 +11,10 @@ fn now() -> SystemTime {
 }
 
 fn mtls(mode: &str) -> Mtls {
-    Mtls { mode: mode.into(), ports: BTreeMap::from([(9090, "permissive".into())]) }
+    Mtls {
+        mode: mode.into(),
+        ports: BTreeMap::from([(9090, "permissive".into())]),
+    }
 }
 
 fn workload(name: &str, state: &str, message: &str) -> Workload {
@@ -35,25 +38,50 @@ fn workload(name: &str, state: &str, message: &str) -> Workload {
 #[test]
 fn the_command_line_is_sound() {
     Cli::command().debug_assert();
-    let parsed = Cli::try_parse_from(["mesh-agent", "get", "svc", "reviews", "-n", "shop", "-o", "wide"]).unwrap();
-    let Command::Get { kind, name, namespace, output } = parsed.command else { panic!("{parsed:?}") };
-    assert_eq!((kind, name.as_deref(), namespace.as_deref()), (Kind::Services, Some("reviews"), Some("shop")));
-    assert_eq!((output.output, output.admin.as_str()), (Format::Wide, "127.0.0.1:15000"));
+    let parsed =
+        Cli::try_parse_from(["mesh-agent", "get", "svc", "reviews", "-n", "shop", "-o", "wide"]).unwrap();
+    let Command::Get {
+        kind,
+        name,
+        namespace,
+        output,
+    } = parsed.command
+    else {
+        panic!("{parsed:?}")
+    };
+    assert_eq!(
+        (kind, name.as_deref(), namespace.as_deref()),
+        (Kind::Services, Some("reviews"), Some("shop"))
+    );
+    assert_eq!(
+        (output.output, output.admin.as_str()),
+        (Format::Wide, "127.0.0.1:15000")
+    );
     Cli::try_parse_from(["mesh-agent", "get", "secrets"]).unwrap_err();
 }
 
 #[test]
 fn workloads() {
-    let items = vec![workload("reviews-1", "enrolled", ""), workload("a", "pending", "no \x1b[31mnetns")];
+    let items = vec![
+        workload("reviews-1", "enrolled", ""),
+        workload("a", "pending", "no \x1b[31mnetns"),
+    ];
     let table = "\
-NAMESPACE   NAME        STATE                       NODE     ADDRESSES          MTLS
-shop        reviews-1   enrolled                    node-a   10.0.0.2,fd00::2   strict, 9090 permissive
+NAMESPACE   NAME        STATE                     NODE     ADDRESSES          MTLS
+shop        reviews-1   enrolled                  node-a   10.0.0.2,fd00::2   strict, 9090 permissive
 shop        a           pending (no \u{fffd}[31mnetns)   node-a   10.0.0.2,fd00::2   strict, 9090 permissive
 ";
     assert_eq!(get::workloads(&items, false), table);
     let wide = get::workloads(&items, true);
-    assert!(wide.contains("IDENTITY") && wide.contains("netns:/run/netns/reviews"), "{wide}");
-    assert!(wide.lines().all(|line| line.ends_with('-') || line.ends_with("SOURCE")), "an absent value is a dash");
+    assert!(
+        wide.contains("IDENTITY") && wide.contains("netns:/run/netns/reviews"),
+        "{wide}"
+    );
+    assert!(
+        wide.lines()
+            .all(|line| line.ends_with('-') || line.ends_with("SOURCE")),
+        "an absent value is a dash"
+    );
 }
 
 #[test]
@@ -64,7 +92,13 @@ fn services_and_routes() {
         meshed: false,
         active_requests: 0,
     };
-    let addresses = ["10.0.0.1:80", "10.0.0.2:80", "10.0.0.3:80", "10.0.0.4:80", "10.0.0.5:80"];
+    let addresses = [
+        "10.0.0.1:80",
+        "10.0.0.2:80",
+        "10.0.0.3:80",
+        "10.0.0.4:80",
+        "10.0.0.5:80",
+    ];
     let service = Service {
         namespace: "shop".into(),
         name: "reviews".into(),
@@ -87,23 +121,34 @@ shop        reviews   10.96.0.10   80/http1   10.0.0.1:80,10.0.0.2:80,10.0.0.3:8
 ";
     assert_eq!(get::services(&vec![service], false), table);
 
-    let backend = |service: &str, weight| Backend { service: Some(service.into()), weight };
+    let backend = |service: &str, weight| Backend {
+        service: Some(service.into()),
+        weight,
+    };
     let route = Route {
         namespace: "shop".into(),
         name: "canary/0".into(),
         service: "shop/reviews".into(),
         port: 80,
         clients: None,
-        matches: RouteMatch { path: Some("prefix:/a".into()), method: Some("GET".into()), ..Default::default() },
+        matches: RouteMatch {
+            path: Some("prefix:/a".into()),
+            method: Some("GET".into()),
+            ..Default::default()
+        },
         backends: vec![backend("shop/v1:80", 9), backend("shop/v2:80", 1)],
         request_timeout_ms: Some(1500),
         try_timeout_ms: None,
         retries: 2,
         retry_codes: Vec::new(),
     };
-    let any = Route { matches: RouteMatch::default(), backends: vec![backend("shop/v1:80", 0)], ..route.clone() };
+    let any = Route {
+        matches: RouteMatch::default(),
+        backends: vec![backend("shop/v1:80", 0)],
+        ..route.clone()
+    };
     let table = "\
-NAMESPACE   NAME       SERVICE           MATCHES         BACKENDS                      CLIENTS   TIMEOUT   TRY-TIMEOUT   RETRIES
+NAMESPACE   NAME       SERVICE           MATCHES         BACKENDS                         CLIENTS   TIMEOUT   TRY-TIMEOUT   RETRIES
 shop        canary/0   shop/reviews:80   GET prefix:/a   shop/v1:80 90%, shop/v2:80 10%   -         1500ms    -             2
 shop        canary/0   shop/reviews:80   *               shop/v1:80                       -         1500ms    -             2
 ";
@@ -153,13 +198,20 @@ fn ebpf_shows_what_counted() {
         kernel: "6.18".into(),
         layout: "v1".into(),
         bpffs: "/sys/fs/bpf/mesh-agent".into(),
-        hooks: vec![Hook { name: "connect4".into(), program_id: 7, link_id: 9 }],
+        hooks: vec![Hook {
+            name: "connect4".into(),
+            program_id: 7,
+            link_id: 9,
+        }],
         counters: BTreeMap::from([("captured".into(), 3), ("map_full".into(), 0)]),
         ..Ebpf::default()
     };
     let text = get::ebpf(&state, false);
     assert!(text.contains("connect4   7         9\n"), "{text}");
-    assert!(text.contains("captured   3\n") && !text.contains("map_full"), "{text}");
+    assert!(
+        text.contains("captured   3\n") && !text.contains("map_full"),
+        "{text}"
+    );
     assert!(get::ebpf(&state, true).contains("map_full   0\n"));
 }
 
@@ -171,11 +223,20 @@ fn sample_status() -> Status {
         start_time: "2026-01-01T00:00:00Z".into(),
         uptime_seconds: 86_400,
         ready: false,
-        conditions: vec![Condition { name: "capture".into(), holds: false, message: "no cgroup2".into() }],
+        conditions: vec![Condition {
+            name: "capture".into(),
+            holds: false,
+            message: "no cgroup2".into(),
+        }],
         draining: false,
         trust_domain: "cluster.local".into(),
         generation: 7,
-        counts: Counts { workloads: 5, local_workloads: 2, certificates: 1, ..Counts::default() },
+        counts: Counts {
+            workloads: 5,
+            local_workloads: 2,
+            certificates: 1,
+            ..Counts::default()
+        },
         next_certificate_expiry: Some("2026-01-02T12:00:00Z".into()),
         findings: vec![Finding {
             severity: "error".into(),
@@ -227,32 +288,58 @@ fn agent(answer: &'static str) -> String {
         let (mut stream, _) = listener.accept().unwrap();
         let mut request = [0; 4096];
         let length = stream.read(&mut request).unwrap();
-        assert!(request[..length].starts_with(b"GET /api/v1/workloads?namespace=shop&name=a%26b HTTP/1.1\r\nhost: 127.0.0.1:"));
+        assert!(
+            request[..length]
+                .starts_with(b"GET /api/v1/workloads?namespace=shop&name=a%26b HTTP/1.1\r\nhost: 127.0.0.1:")
+        );
         stream.write_all(answer.as_bytes()).unwrap();
     });
     address
 }
 
 fn get_one(admin: String) -> Result<String, String> {
-    let output = Output { output: Format::Table, admin };
-    let wanted = get::Wanted { kind: Kind::Workloads, name: Some("a&b".into()), namespace: Some("shop".into()) };
+    let output = Output {
+        output: Format::Table,
+        admin,
+    };
+    let wanted = get::Wanted {
+        kind: Kind::Workloads,
+        name: Some("a&b".into()),
+        namespace: Some("shop".into()),
+    };
     let mut out = Vec::new();
     let done = get::run(&wanted, &output, &mut out);
-    done.map(|()| String::from_utf8(out).unwrap()).map_err(|error| format!("{error:#}"))
+    done.map(|()| String::from_utf8(out).unwrap())
+        .map_err(|error| format!("{error:#}"))
 }
 
 #[test]
 fn failures_say_what_to_do() {
-    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let free = std::net::TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap();
     let error = get_one(free.to_string()).unwrap_err();
-    for part in [&*free.to_string(), "Is it running", "--admin", "MESH_AGENT_ADMIN", "refused"] {
+    for part in [
+        &*free.to_string(),
+        "Is it running",
+        "--admin",
+        "MESH_AGENT_ADMIN",
+        "refused",
+    ] {
         assert!(error.contains(part), "no {part} in {error}");
     }
     let error = get_one(agent("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n[]")).unwrap_err();
-    assert!(error.contains("no workloads named `a&b` in namespace `shop`"), "{error}");
+    assert!(
+        error.contains("no workloads named `a&b` in namespace `shop`"),
+        "{error}"
+    );
     let error = get_one(agent("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")).unwrap_err();
     assert!(error.contains("another version"), "{error}");
-    let error = get_one(agent("HTTP/1.1 400 Bad\r\ncontent-length: 13\r\n\r\n{\"error\":\"x\"}")).unwrap_err();
+    let error = get_one(agent(
+        "HTTP/1.1 400 Bad\r\ncontent-length: 13\r\n\r\n{\"error\":\"x\"}",
+    ))
+    .unwrap_err();
     assert!(error.contains("400") && error.ends_with(": x"), "{error}");
     let error = get_one(agent("SSH-2.0-OpenSSH_9.2\r\n")).unwrap_err();
     assert!(error.contains("does not talk like an agent"), "{error}");

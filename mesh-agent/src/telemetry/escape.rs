@@ -57,7 +57,7 @@ mod tests {
     fn nothing_can_end_a_line_or_a_field() {
         assert_eq!(
             escaped("a\r\n\"b\" \\ \x1b[31m \x07 é \u{85}\u{2028}\u{202e}", 100),
-            concat!(r#"a\u000d\u000a\"b\" \\ \u001b[31m \u0007 é \u0085\u2028\u202e"#)
+            r#"a\u000d\u000a\"b\" \\ \u001b[31m \u0007 é \u0085\u2028\u202e"#
         );
     }
 
