@@ -1,1 +1,46 @@
-fn main() {}
+//! The program: reads the command line and the configuration, and gives each side of the agent its runtime.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::Parser;
+use mesh_agent::cli::{Cli, Command, execute};
+use mesh_agent::config::{AgentConfig, LogFormat};
+use mesh_agent::telemetry;
+use tokio::runtime::Builder;
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Command::Run { config } => run(config.as_deref()).map(|()| ExitCode::SUCCESS),
+        command => execute(command),
+    };
+    done.unwrap_or_else(|error| {
+        eprintln!("mesh-agent: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn run(config: Option<&Path>) -> anyhow::Result<()> {
+    let node = std::env::var("NODE_NAME").ok();
+    let config =
+        AgentConfig::load(config, node.as_deref()).context("the agent's configuration cannot be used")?;
+    let format = match config.log_format {
+        LogFormat::Text => telemetry::Format::Text,
+        LogFormat::Json => telemetry::Format::Json,
+    };
+    // As for most programs in Rust, so that one run can say more without a change to the configuration.
+    let filter = std::env::var("RUST_LOG").unwrap_or_else(|_| config.log_level.clone());
+    let log =
+        telemetry::init(format, &filter).with_context(|| format!("cannot log by the filter `{filter}`"))?;
+    let data = Builder::new_multi_thread()
+        .enable_all()
+        .thread_name("data")
+        .build()?;
+    // The control side has this thread: it answers when the data path is busy, and the other way round.
+    let control = Builder::new_current_thread().enable_all().build()?;
+    control.block_on(async move {
+        let _parts = (config, log, data.handle().clone());
+        anyhow::bail!("the parts of the agent are not wired together in this build")
+    })
+}

@@ -10,6 +10,7 @@ mod status;
 mod table;
 #[cfg(test)]
 mod tests;
+pub mod validate;
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -20,6 +21,7 @@ use anyhow::Context;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use self::client::Client;
+use self::validate::ValidateArgs;
 use crate::admin::api;
 use crate::ebpf;
 
@@ -48,6 +50,8 @@ pub enum Command {
         #[arg(long, value_name = "FILE")]
         config: Option<PathBuf>,
     },
+    /// Check resources, and an agent configuration, without an agent.
+    Validate(ValidateArgs),
     /// Show how a running agent is.
     Status {
         #[command(flatten)]
@@ -119,6 +123,7 @@ pub fn execute(command: Command) -> anyhow::Result<ExitCode> {
     let mut stdout = io::stdout().lock();
     match command {
         Command::Run { .. } => anyhow::bail!("`run` is not one of the commands that ask"),
+        Command::Validate(args) => return Ok(validate::run(&args, &mut stdout)?),
         Command::Status { output } => show_status(&output, &mut stdout)?,
         Command::Get {
             kind,
