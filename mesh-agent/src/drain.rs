@@ -40,9 +40,10 @@ impl DrainTrigger {
         open
     }
 
-    /// How many have not finished.
-    pub fn open(&self) -> usize {
-        self.0.receiver_count()
+    /// Waits for those that were told to close, at most for `limit`.
+    pub async fn finished(&self, limit: Duration) {
+        // Who does not make it is cut by the end of the process.
+        let _ = tokio::time::timeout(limit, self.0.closed()).await;
     }
 }
 

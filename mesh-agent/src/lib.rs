@@ -1,6 +1,7 @@
 //! The node agent: eBPF capture, one shared proxy, and a page to look inside.
 
 pub mod admin;
+pub mod app;
 pub mod authz;
 pub mod balance;
 pub mod cli;

@@ -7,7 +7,7 @@ use anyhow::Context;
 use clap::Parser;
 use mesh_agent::cli::{Cli, Command, execute};
 use mesh_agent::config::{AgentConfig, LogFormat};
-use mesh_agent::telemetry;
+use mesh_agent::{app, telemetry};
 use tokio::runtime::Builder;
 
 fn main() -> ExitCode {
@@ -39,8 +39,5 @@ fn run(config: Option<&Path>) -> anyhow::Result<()> {
         .build()?;
     // The control side has this thread: it answers when the data path is busy, and the other way round.
     let control = Builder::new_current_thread().enable_all().build()?;
-    control.block_on(async move {
-        let _parts = (config, log, data.handle().clone());
-        anyhow::bail!("the parts of the agent are not wired together in this build")
-    })
+    control.block_on(app::run(config, log, data.handle().clone()))
 }

@@ -51,6 +51,18 @@ pub enum CaptureError {
     AgentAlive,
 }
 
+impl CaptureError {
+    /// The place is not there (yet): to be expected while a workload comes or goes.
+    #[must_use]
+    pub fn is_missing_place(&self) -> bool {
+        match self {
+            Self::Namespace { source, .. } => source.kind() == io::ErrorKind::NotFound,
+            Self::NoSuchAddress { .. } => true,
+            _ => false,
+        }
+    }
+}
+
 fn list(addresses: &[IpAddr]) -> String {
     if addresses.is_empty() {
         return "none".to_owned();

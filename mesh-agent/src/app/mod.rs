@@ -1,0 +1,202 @@
+//! The wiring: every part is made here, in the order of what it needs, and handed what it needs.
+//!
+//! Invariants: nobody else constructs a part or knows two that do not know each other; what listens is bound
+//! before anything is served; the control side (admin, discovery, enrolment) runs on the caller's runtime, the
+//! data path on its own, so that neither waits for the other.
+
+mod show;
+mod workloads;
+
+use std::borrow::Cow;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use anyhow::Context as _;
+use prometheus_client::registry::Registry;
+use tokio::runtime::Handle;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::admin::{self, AdminSources, Readiness, Scope};
+use crate::config::{AccessLogFormat, AgentConfig};
+use crate::discovery::FileSource;
+use crate::drain::{self, DrainTrigger};
+use crate::ebpf::{Capture, CaptureOptions};
+use crate::identity::Identities;
+use crate::metrics::{Metrics, register_counts};
+use crate::proxy::{Inputs, Proxy};
+use crate::store::Store;
+use crate::telemetry::{AccessLog, Format, LogHandle};
+use workloads::Workloads;
+
+/// How long connections that are cut at the end of a drain get to notice.
+const CUT_TIME: Duration = Duration::from_millis(500);
+/// How long the access log may take over its last lines.
+const FLUSH_TIME: Duration = Duration::from_secs(2);
+/// How often series that nobody uses any more are dropped.
+const FORGET_EVERY: Duration = Duration::from_secs(900);
+/// How often the kernel's counters are looked at for what must not stay silent.
+const WATCH_EVERY: Duration = Duration::from_secs(1);
+const WORKLOADS: &str = "workloads";
+
+/// Runs the agent until it is told to stop. Call it on the control runtime; `data` is the data path's.
+pub async fn run(config: AgentConfig, log: LogHandle, data: Handle) -> anyhow::Result<()> {
+    let mut registry = Registry::default();
+    let metrics = Metrics::new(&mut registry);
+    let identities = Identities::open_embedded(&config.ca_directory, &config.trust_domain)
+        .context("cannot open the certificate authority")?;
+    let files = FileSource::open(&config);
+    let store = Store::new(files.snapshot().clone());
+    let capture = Capture::start(&CaptureOptions::new(&config.bpffs)).context("cannot capture traffic")?;
+    let access_log = access_log(config.access_log)?;
+    let (trigger, drain) = drain::new();
+    let proxy = Proxy::new(Inputs {
+        store: store.clone(),
+        identities: identities.clone(),
+        metrics: metrics.clone(),
+        access_log: access_log.clone(),
+    });
+    register(&mut registry, &capture, &access_log);
+    let readiness = Readiness::new(&[WORKLOADS]);
+    let workloads = Workloads::new(
+        workloads::Parts {
+            capture: capture.clone(),
+            proxy: Arc::clone(&proxy),
+            identities: identities.clone(),
+            store: store.clone(),
+            cluster_domain: config.cluster_domain.as_str().into(),
+        },
+        data.clone(),
+        drain.clone(),
+    );
+    let sources = Arc::new(AdminSources {
+        node: config.node.clone(),
+        started: SystemTime::now(),
+        config: show::config(&config),
+        store: store.clone(),
+        registry,
+        metrics,
+        identities: identities.clone(),
+        log,
+        readiness: readiness.clone(),
+        enrolments: workloads.enrolments(),
+        connections: show::connections(proxy.connections.clone()),
+        ebpf: show::ebpf(capture.clone()),
+    });
+    for (address, scope) in [(config.admin, Scope::Admin), (config.metrics, Scope::Metrics)] {
+        let listener = admin::bind(address, scope)
+            .await
+            .with_context(|| format!("cannot listen on {address}: another agent, or another program, may"))?;
+        tokio::spawn(admin::serve(listener, scope, Arc::clone(&sources)));
+    }
+    let beating = capture.clone();
+    tokio::spawn(async move { beating.keep_alive().await });
+    let renewing = identities.clone();
+    tokio::spawn(async move { renewing.run().await });
+    tokio::spawn(watch_counters(capture));
+    tokio::spawn(forget_idle(Arc::clone(&sources)));
+    data.spawn(Arc::clone(&proxy).sweep(drain));
+    let watching = files.watch(store).context("cannot watch the resource files")?;
+    tokio::spawn(workloads.run(readiness.clone(), WORKLOADS));
+    tracing::info!(node = %config.node, admin = %config.admin, "the agent runs");
+
+    stop_signal().await?;
+    readiness.drain();
+    sources.metrics.agent().draining.set(1);
+    stop(&trigger, config.drain, &proxy).await;
+    watching.stop();
+    access_log.flush(FLUSH_TIME);
+    Ok(())
+}
+
+fn access_log(format: AccessLogFormat) -> anyhow::Result<AccessLog> {
+    let format = match format {
+        AccessLogFormat::Off => return Ok(AccessLog::off()),
+        AccessLogFormat::Text => Format::Text,
+        AccessLogFormat::Json => Format::Json,
+    };
+    AccessLog::stdout(format).context("cannot start the access log")
+}
+
+fn register(registry: &mut Registry, capture: &Capture, access_log: &AccessLog) {
+    let capture = capture.clone();
+    register_counts(
+        registry,
+        "capture",
+        "What the kernel side did with connections and queries",
+        "reason",
+        move || {
+            let counters = capture.counters().unwrap_or_default();
+            counters
+                .into_iter()
+                .map(|(reason, count)| (Cow::Borrowed(reason), count))
+                .collect()
+        },
+    );
+    let access_log = access_log.clone();
+    register_counts(
+        registry,
+        "access_log_dropped_lines",
+        "Lines of the access log that were not written",
+        "reason",
+        move || vec![(Cow::Borrowed("queue_full"), access_log.dropped())],
+    );
+}
+
+/// A full map refuses connections: that is said, not only counted.
+async fn watch_counters(capture: Capture) {
+    let mut every = tokio::time::interval(WATCH_EVERY);
+    let mut before = 0;
+    loop {
+        every.tick().await;
+        let Ok(counters) = capture.counters() else {
+            continue;
+        };
+        let full = counters.iter().filter(|(reason, _)| reason.contains("full"));
+        let now = full.map(|(_, count)| *count).sum();
+        if now > before {
+            tracing::warn!(
+                refused = now - before,
+                "a map of the kernel side is full; see `mesh-agent get ebpf`"
+            );
+        }
+        before = now;
+    }
+}
+
+async fn forget_idle(sources: Arc<AdminSources>) {
+    let mut every = tokio::time::interval(FORGET_EVERY);
+    loop {
+        every.tick().await;
+        sources.metrics.forget_idle();
+    }
+}
+
+async fn stop_signal() -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
+    tokio::select! {
+        _ = terminate.recv() => tracing::info!("SIGTERM: finishing what is open"),
+        _ = interrupt.recv() => tracing::info!("SIGINT: finishing what is open"),
+    }
+    Ok(())
+}
+
+/// Lets what is open finish, then cuts and reports the rest.
+async fn stop(trigger: &DrainTrigger, deadline: Duration, proxy: &Proxy) {
+    if trigger.drain(deadline).await == 0 {
+        tracing::info!("everything finished");
+        return;
+    }
+    let open = proxy.connections.list();
+    tracing::warn!(connections = open.len(), "cut at the end of the drain");
+    for connection in &open {
+        tracing::info!(
+            workload = %connection.workload,
+            peer = %connection.peer,
+            destination = %connection.destination,
+            protocol = connection.protocol.get().unwrap_or(&"unknown"),
+            "was still open"
+        );
+    }
+    trigger.finished(CUT_TIME).await;
+}

@@ -1,0 +1,346 @@
+//! Brings what is captured in line with the documents, workload by workload.
+//!
+//! Invariants: a workload is captured while its document and its place both exist, and released as soon as one
+//! of them goes; one that cannot be captured says why and does not hold up the others; what an earlier agent
+//! left behind is taken over, or released when no document names it any more.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs::File;
+use std::io;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::net::{TcpListener, UdpSocket};
+use tokio::runtime::Handle;
+use tokio::time::Instant;
+
+use crate::admin::{Ask, Enrolment as Shown, Enrolments, Readiness};
+use crate::dns::{self, Resolver};
+use crate::drain::DrainWatcher;
+use crate::ebpf::{self, Capture, EnrolRequest, Enrolment, Listeners, PlaceIdentity};
+use crate::identity::Identities;
+use crate::model::{OnAgentDown, Place, Workload};
+use crate::proxy::{Local, Proxy};
+use crate::store::Store;
+
+/// How often the places are looked at: a namespace that comes, goes or is replaced is noticed this soon.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// How long to wait before trying again what failed for another reason than a missing place.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+pub(super) struct Parts {
+    pub(super) capture: Capture,
+    pub(super) proxy: Arc<Proxy>,
+    pub(super) identities: Identities,
+    pub(super) store: Store,
+    pub(super) cluster_domain: Arc<str>,
+}
+
+pub(super) struct Workloads {
+    parts: Parts,
+    data: Handle,
+    drain: DrainWatcher,
+    /// What the documents say should be captured, as of `generation`.
+    wanted: BTreeMap<String, Arc<Workload>>,
+    generation: Option<u64>,
+    enrolled: BTreeMap<String, Enrolled>,
+    failed: BTreeMap<String, Instant>,
+    shown: Arc<Mutex<Enrolments>>,
+}
+
+struct Enrolled {
+    local: Arc<Local>,
+    enrolment: Enrolment,
+}
+
+impl Workloads {
+    pub(super) fn new(parts: Parts, data: Handle, drain: DrainWatcher) -> Self {
+        Self {
+            parts,
+            data,
+            drain,
+            wanted: BTreeMap::new(),
+            generation: None,
+            enrolled: BTreeMap::new(),
+            failed: BTreeMap::new(),
+            shown: Arc::default(),
+        }
+    }
+
+    /// How far each workload is, for the admin page.
+    pub(super) fn enrolments(&self) -> Ask<Enrolments> {
+        let shown = Arc::clone(&self.shown);
+        Box::new(move || shown.lock().unwrap_or_else(PoisonError::into_inner).clone())
+    }
+
+    /// Keeps at it until the agent drains. `ready` holds after the first pass.
+    pub(super) async fn run(mut self, readiness: Readiness, ready: &'static str) {
+        let mut changes = self.parts.store.watch();
+        let mut drain = self.drain.clone();
+        let mut first = true;
+        loop {
+            // Entering namespaces and loading programs take their time: not on a runtime's thread.
+            let pass = tokio::task::spawn_blocking(move || {
+                self.pass(first);
+                self
+            });
+            match pass.await {
+                Ok(this) => self = this,
+                Err(error) => {
+                    tracing::error!(%error, "enrolment ended");
+                    readiness.fails(ready, "enrolment ended by a fault; see the log");
+                    return;
+                }
+            }
+            first = false;
+            readiness.holds(ready);
+            tokio::select! {
+                // The store lives as long as `self`.
+                _ = changes.changed() => {}
+                () = tokio::time::sleep(LOOK_EVERY) => {}
+                () = drain.draining() => return,
+            }
+        }
+    }
+
+    fn pass(&mut self, first: bool) {
+        let changed = self.read();
+        let mut moved = self.release_gone();
+        for (uid, workload) in std::mem::take(&mut self.wanted) {
+            if let Some(enrolled) = self.enrolled.get(&uid) {
+                if changed {
+                    self.update(&uid, enrolled, &workload);
+                }
+            } else if self.failed.get(&uid).is_none_or(|again| Instant::now() >= *again) {
+                moved |= self.take_in(&uid, &workload);
+            }
+            self.wanted.insert(uid, workload);
+        }
+        if first {
+            self.forget_strangers();
+        }
+        if moved || changed {
+            self.publish();
+        }
+    }
+
+    /// Reads the documents anew, if they changed.
+    fn read(&mut self) -> bool {
+        let snapshot = self.parts.store.load();
+        if self.generation == Some(snapshot.generation) {
+            return false;
+        }
+        self.generation = Some(snapshot.generation);
+        self.wanted = snapshot
+            .local_workloads()
+            .map(|workload| (workload.uid(), Arc::clone(workload)))
+            .collect();
+        let identities: BTreeSet<_> = self
+            .wanted
+            .values()
+            .map(|workload| workload.identity.clone())
+            .collect();
+        self.parts.identities.ensure(&identities);
+        let agent = self.parts.proxy.metrics().agent();
+        agent
+            .workloads
+            .set(i64::try_from(self.wanted.len()).unwrap_or(i64::MAX));
+        agent.snapshot_generation.set(snapshot.generation);
+        agent
+            .rejected_resources
+            .set(i64::try_from(snapshot.rejected.len()).unwrap_or(i64::MAX));
+        self.failed.clear();
+        let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+        shown.retain(|uid, _| self.wanted.contains_key(uid));
+        true
+    }
+
+    fn release_gone(&mut self) -> bool {
+        let gone: Vec<String> = self
+            .enrolled
+            .iter()
+            .filter(|(uid, enrolled)| {
+                self.wanted
+                    .get(*uid)
+                    .is_none_or(|workload| !enrolled.is_still_at(workload))
+            })
+            .map(|(uid, _)| uid.clone())
+            .collect();
+        for uid in &gone {
+            if let Some(enrolled) = self.enrolled.remove(uid) {
+                self.parts.proxy.forget(&enrolled.local);
+                if let Err(error) = enrolled.enrolment.release() {
+                    tracing::error!(%error, workload = %uid, "cannot release");
+                }
+                tracing::info!(workload = %uid, "released");
+            }
+            self.show(uid, "pending", "its place is gone".to_owned());
+        }
+        !gone.is_empty()
+    }
+
+    fn update(&self, uid: &str, enrolled: &Enrolled, workload: &Arc<Workload>) {
+        let before = enrolled.local.workload();
+        if Arc::ptr_eq(&before, workload) {
+            return;
+        }
+        enrolled.local.update(Arc::clone(workload));
+        if before.addresses == workload.addresses && before.on_agent_down == workload.on_agent_down {
+            return;
+        }
+        match enrolled.enrolment.update(&workload.addresses, holds(workload)) {
+            Ok(()) => self.show(uid, "enrolled", String::new()),
+            Err(error) => {
+                tracing::error!(%error, workload = %uid, "cannot change how it is captured");
+                self.show(uid, "failed", error.to_string());
+            }
+        }
+    }
+
+    fn take_in(&mut self, uid: &str, workload: &Arc<Workload>) -> bool {
+        let enrolled = place(workload).and_then(|place| {
+            let request = EnrolRequest {
+                place,
+                addresses: workload.addresses.clone(),
+                hold: holds(workload),
+            };
+            self.parts
+                .capture
+                .enrol(request)
+                .map_err(|error| (error.is_missing_place(), error.to_string()))
+        });
+        match enrolled {
+            Ok((enrolment, listeners)) => {
+                let resolver = Resolver::new(
+                    enrolment.namespace(),
+                    dns::Client {
+                        namespace: Arc::clone(&workload.namespace),
+                        cluster_domain: Arc::clone(&self.parts.cluster_domain),
+                    },
+                    self.parts.store.clone(),
+                    self.parts.proxy.metrics().clone(),
+                );
+                let local = Local::new(Arc::clone(workload), enrolment.namespace(), resolver);
+                self.serve(&local, listeners);
+                self.enrolled
+                    .insert(uid.to_owned(), Enrolled { local, enrolment });
+                self.show(uid, "enrolled", String::new());
+                tracing::info!(workload = %uid, "captured");
+                true
+            }
+            Err((missing, message)) => {
+                if !missing {
+                    self.failed.insert(uid.to_owned(), Instant::now() + RETRY_AFTER);
+                    tracing::warn!(workload = %uid, error = %message, "cannot capture");
+                }
+                self.show(uid, if missing { "pending" } else { "failed" }, message);
+                false
+            }
+        }
+    }
+
+    /// Hands the listeners to the data path.
+    fn serve(&self, local: &Arc<Local>, listeners: Listeners) {
+        let (proxy, drain) = (&self.parts.proxy, &self.drain);
+        let _data = self.data.enter();
+        match TcpListener::from_std(listeners.outbound) {
+            Ok(listener) => {
+                let serving = Arc::clone(proxy).serve_outbound(Arc::clone(local), listener, drain.clone());
+                self.data.spawn(serving);
+            }
+            Err(error) => tracing::error!(%error, workload = %local.uid, "cannot serve what it opens"),
+        }
+        match listeners.inbound.map(TcpListener::from_std).transpose() {
+            Ok(Some(listener)) => {
+                let serving = Arc::clone(proxy).serve_inbound(Arc::clone(local), listener, drain.clone());
+                self.data.spawn(serving);
+            }
+            // The host's network namespace belongs to others.
+            Ok(None) => {}
+            Err(error) => tracing::error!(%error, workload = %local.uid, "cannot serve what comes to it"),
+        }
+        for socket in listeners.dns_v6.into_iter().chain([listeners.dns_v4]) {
+            match UdpSocket::from_std(socket) {
+                Ok(socket) => drop(self.data.spawn(resolve(Arc::clone(local), socket, drain.clone()))),
+                Err(error) => tracing::error!(%error, workload = %local.uid, "cannot serve its DNS"),
+            }
+        }
+    }
+
+    /// Releases what an earlier agent captured and no document names.
+    fn forget_strangers(&self) {
+        let known: Vec<_> = self
+            .enrolled
+            .values()
+            .map(|enrolled| enrolled.enrolment.key())
+            .collect();
+        match self.parts.capture.forget_unknown(&known) {
+            Ok(gone) if gone.is_empty() => {}
+            Ok(gone) => tracing::info!(count = gone.len(), "released what an earlier agent had captured"),
+            Err(error) => tracing::error!(%error, "cannot release what an earlier agent had captured"),
+        }
+    }
+
+    /// Tells the proxy who is on this node.
+    fn publish(&self) {
+        let by_address: HashMap<IpAddr, Arc<Local>> = self
+            .enrolled
+            .values()
+            .flat_map(|enrolled| {
+                let addresses = enrolled.local.workload().addresses.clone();
+                addresses
+                    .into_iter()
+                    .map(|address| (address, Arc::clone(&enrolled.local)))
+            })
+            .collect();
+        self.parts.proxy.locals.replace(by_address);
+    }
+
+    fn show(&self, uid: &str, state: &'static str, message: String) {
+        let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.wanted.contains_key(uid) || self.enrolled.contains_key(uid) || state != "pending" {
+            shown.insert(uid.to_owned(), Shown { state, message });
+        } else {
+            shown.remove(uid);
+        }
+    }
+}
+
+impl Enrolled {
+    fn is_still_at(&self, workload: &Workload) -> bool {
+        workload.place == self.local.workload().place
+            && place(workload).is_ok_and(|place| {
+                PlaceIdentity::of(&place).is_ok_and(|now| now == self.enrolment.identity())
+            })
+    }
+}
+
+async fn resolve(local: Arc<Local>, socket: UdpSocket, mut drain: DrainWatcher) {
+    tokio::select! {
+        ended = dns::serve(&local.resolver, socket) => {
+            if let Err(error) = ended {
+                tracing::error!(%error, workload = %local.uid, "its DNS is no longer served");
+            }
+        }
+        () = local.released() => {}
+        () = drain.draining() => {}
+    }
+}
+
+fn holds(workload: &Workload) -> bool {
+    workload.on_agent_down == OnAgentDown::Hold
+}
+
+fn place(workload: &Workload) -> Result<ebpf::Place, (bool, String)> {
+    match &workload.place {
+        Some(Place::Netns(path)) => Ok(ebpf::Place::NetnsPath(PathBuf::clone(path))),
+        Some(Place::OpenNetns(file)) => file
+            .try_clone()
+            .map(|file| ebpf::Place::NetnsFile(File::from(file)))
+            .map_err(|error: io::Error| (false, error.to_string())),
+        Some(Place::Cgroup(path)) => Ok(ebpf::Place::Cgroup(PathBuf::clone(path))),
+        None => Err((true, "its document does not say where it runs".to_owned())),
+    }
+}
