@@ -53,9 +53,9 @@ pub(super) fn install(packages: &[&str]) -> Result<()> {
              compiler is in Debian 12's security suite; rustup's nightly with rust-src does as well",
     )?;
     for (package, unit) in SERVICES {
-        if packages.contains(&package) {
-            // It was not started; nor shall it be with the next boot.
-            shell::run(Command::new("deb-systemd-helper").args(["disable", unit]))?;
+        // It was not started; nor shall it be with the next boot. Without systemd nothing would start it.
+        if packages.contains(&package) && shell::program("systemctl").is_some() {
+            shell::run(Command::new("systemctl").args(["disable", "--quiet", unit]))?;
         }
     }
     Ok(())
