@@ -49,7 +49,8 @@ pub(crate) fn run_steps(steps: &mut Steps, args: &Args) -> Result<()> {
         cargo_test(cargo, args)
     });
     if missing.is_empty() {
-        let built = build_ebpf::build(steps, &[])?;
+        // With the tests, so that what both are made of is compiled once.
+        let built = build_ebpf::build(steps, &["mesh-tests"])?;
         steps.try_run("privileged tests", || privileged(&built.agent, args));
     } else {
         eprintln!("==> privileged tests: LEFT OUT, since\n{}", listed(&missing));
