@@ -23,17 +23,23 @@ const NEVER: Duration = Duration::from_secs(3600);
 
 struct World {
     folder: TempDir,
+    /// Elsewhere: writing the state must not wake the watcher, which a test may wait for.
+    state: TempDir,
     config: AgentConfig,
 }
 
 impl World {
     /// Watches `paths`, which are relative to the world's folder.
     fn new(paths: &[&str]) -> Self {
-        let folder = tempfile::tempdir().unwrap();
+        let (folder, state) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let mut config = AgentConfig::load(None, Some("node-a")).unwrap();
         config.files = paths.iter().map(|path| folder.path().join(path)).collect();
-        config.state_dir = folder.path().join("state");
-        Self { folder, config }
+        config.state_dir = state.path().join("made/when/needed");
+        Self {
+            folder,
+            state,
+            config,
+        }
     }
 
     fn path(&self, path: &str) -> PathBuf {
@@ -43,6 +49,11 @@ impl World {
     fn write(&self, path: &str, text: &str) {
         fs::create_dir_all(self.path(path).parent().unwrap()).unwrap();
         fs::write(self.path(path), text).unwrap();
+    }
+
+    fn state_file(&self) -> PathBuf {
+        assert!(self.config.state_dir.starts_with(self.state.path()));
+        self.config.state_dir.join("resources.json")
     }
 
     fn open(&self) -> FileSource {
@@ -280,19 +291,28 @@ fn a_state_that_cannot_be_used_is_left() {
         "{\"version\": 2, \"files\": 1}",
         "{\"version\": 1}",
     ] {
-        world.write("state/resources.json", state);
+        fs::create_dir_all(&world.config.state_dir).unwrap();
+        fs::write(world.state_file(), state).unwrap();
         assert_eq!(names(world.open().snapshot()), [""; 0], "{state}");
     }
-    world.write("pods/a.yaml", &pod("a", 1));
+    world.write("pods/a.yaml", &[pod("a", 1), SERVICE.to_owned()].concat());
     let mut source = world.open();
     source.save();
-    let state = world.path("state/resources.json");
+    let state = world.state_file();
     assert_eq!(mode(&state), 0o600);
     // The bytes on disk are the whole truth.
     let text = fs::read_to_string(&state).unwrap();
-    fs::write(&state, text.replace("10.0.0.1", "10.0.0.7")).unwrap();
+    let mut json: serde_json::Value = serde_json::from_str(&text.replace("10.0.0.1", "10.0.0.7")).unwrap();
+    json["addresses"]["default/web"] = 258.into();
+    fs::write(&state, json.to_string()).unwrap();
     fs::remove_dir_all(world.path("pods")).unwrap();
     let source = world.open();
+    let web = source.snapshot().services.values().next().unwrap();
+    assert_eq!(
+        web.vips[0].to_string(),
+        "240.240.1.2",
+        "an address that was given stays"
+    );
     assert_eq!(
         source.snapshot().workloads.get("default/a").unwrap().addresses[0].to_string(),
         "10.0.0.7"

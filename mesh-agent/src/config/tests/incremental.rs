@@ -111,6 +111,25 @@ fn a_changed_route_leaves_endpoints_and_other_services() {
     mesh.set("a.yaml", &format!("# a comment\n{text}"));
     assert!(Arc::ptr_eq(&reviews, &mesh.service("shop/reviews")));
     assert!(Arc::ptr_eq(&stock, &mesh.service("shop/stock")));
+    // Nor is their place in the file.
+    let one = mesh.workload("shop/reviews-1");
+    let before = pod("first-1", "10.1.0.8", "");
+    mesh.set(
+        "mesh.yaml",
+        &[
+            &before,
+            REVIEWS,
+            &other_service(),
+            &pod("reviews-1", "10.1.0.2", ""),
+        ]
+        .concat(),
+    );
+    assert!(Arc::ptr_eq(&reviews, &mesh.service("shop/reviews")));
+    assert!(Arc::ptr_eq(&one, &mesh.workload("shop/reviews-1")));
+    assert_eq!(
+        &*mesh.snapshot().sources["Pod/shop/reviews-1"],
+        "mesh.yaml:document 4"
+    );
 }
 
 #[test]

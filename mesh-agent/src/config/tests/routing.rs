@@ -49,24 +49,27 @@ const IN_ORDER: [(&str, &str); 15] = [
     ("exact", "path: {type: Exact, value: /a}"),
     ("regex-long", "path: {type: RegularExpression, value: '/a.*/b.*'}"),
     ("regex", "path: {type: RegularExpression, value: '/.*'}"),
-    ("prefix-long-method", "path: {value: /long/er}, method: GET"),
+    (
+        "prefix-long-method",
+        "path: {value: /long/and/longer/and/longest}, method: GET",
+    ),
     (
         "prefix-long-headers",
-        "path: {value: /long/er}, headers: [{name: a, value: x}, {name: b, value: x}]",
+        "path: {value: /long/and/longer/and/longest}, headers: [{name: a, value: x}, {name: b, value: x}]",
     ),
     (
         "prefix-long-header-query",
-        "path: {value: /long/er/}, headers: [{name: a, value: x}], queryParams: [{name: a, value: x}]",
+        "path: {value: /long/and/longer/and/longest/}, headers: [{name: a, value: x}], queryParams: [{name: a, value: x}]",
     ),
     (
         "prefix-long-header",
-        "path: {value: /long/er}, headers: [{name: a, value: x}]",
+        "path: {value: /long/and/longer/and/longest}, headers: [{name: a, value: x}]",
     ),
     (
         "prefix-long-query",
-        "path: {value: /long/er}, queryParams: [{name: a, value: x}]",
+        "path: {value: /long/and/longer/and/longest}, queryParams: [{name: a, value: x}]",
     ),
-    ("prefix-long", "path: {value: /long/er}"),
+    ("prefix-long", "path: {value: /long/and/longer/and/longest}"),
     ("prefix-short-method", "path: {value: /long}, method: GET"),
     ("any-method", "method: GET"),
     (
