@@ -4,7 +4,7 @@ use std::fs::{File, Metadata};
 use std::io;
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use mesh_common::{CGROUP_KEYS, WorkloadKey};
 
@@ -108,11 +108,11 @@ impl Site {
         })
     }
 
-    fn cgroup(folder: &PathBuf, home: &Home) -> Result<Self, CaptureError> {
+    fn cgroup(folder: &Path, home: &Home) -> Result<Self, CaptureError> {
         let name = folder.display().to_string();
         let file = open_cgroup(folder)?;
         let metadata = file.metadata().map_err(|source| CaptureError::Cgroup {
-            path: folder.clone(),
+            path: folder.to_owned(),
             source,
         })?;
         let netns = Netns::home(home).map_err(|source| CaptureError::Namespace {
