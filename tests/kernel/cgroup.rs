@@ -45,6 +45,16 @@ fn a_cgroups_connections_come_to_the_agent_and_no_others() {
             let stranger = bash(&format!("exec 3<>/dev/tcp/{}/81", OUT4[0])).spawn().unwrap();
             accept(&server);
             assert!(finish(stranger).status.success());
+            // Nor is one in it that has a namespace of its own.
+            let elsewhere = world
+                .outside
+                .enter(|| TcpListener::bind(at(OUT4[1], 82)))
+                .unwrap()
+                .unwrap();
+            let script = format!("exec 3<>/dev/tcp/{}/82", OUT4[1]);
+            let contained = world.outside.enter(|| cgroup.spawn(&script)).unwrap();
+            accept(&elsewhere);
+            assert!(finish(contained).status.success());
             let counters = capture.counters().unwrap();
             assert_eq!(
                 counters

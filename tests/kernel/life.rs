@@ -6,7 +6,7 @@ use std::net::TcpListener;
 use std::time::Duration;
 
 use mesh_agent::ebpf::{self, Capture, CaptureError, CaptureOptions, EnrolRequest, Place, PlaceIdentity};
-use mesh_tests::{Netns, until};
+use mesh_tests::{Netns, shell, until};
 
 use crate::world::{
     FAMILIES, OUT4, POD4, World, accept, at, connect, enrol, exchange, ip, keeper, try_accept,
@@ -218,6 +218,9 @@ fn a_place_that_cannot_be_enrolled_says_why() {
     let error = attempt(Place::NetnsPath(world.pod.path()), "10.9.9.9");
     let text = error.to_string();
     assert!(text.contains("10.9.9.9") && text.contains(POD4), "{text}");
+    shell::ip(world.pod.name(), &["link set lo down".to_owned()]).unwrap();
+    let error = attempt(Place::NetnsPath(world.pod.path()), POD4);
+    assert!(matches!(error, CaptureError::LoopbackDown { .. }), "{error}");
     assert!(world.capture.state().workloads.is_empty());
 }
 

@@ -1,5 +1,6 @@
 //! Connections that a workload makes.
 
+use std::fs;
 use std::io::{self, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
@@ -184,8 +185,25 @@ fn what_was_sent_before_a_quick_close_arrives() {
     let agent = world.enrol(true);
     let mut app = world.pod.enter(|| connect(at(OUT4[0], 80))).unwrap().unwrap();
     app.write_all(b"fire and forget").unwrap();
+    let source = app.local_addr().unwrap();
     drop(app);
-    // Only now does the agent find the time.
+    // Only now, when nothing but a timer is left of the app's socket, does the agent find the time.
+    until("the app's end to be over", PATIENCE, || {
+        let sockets = world
+            .pod
+            .enter(|| fs::read_to_string("/proc/thread-self/net/tcp"))
+            .unwrap()
+            .unwrap();
+        let port = format!(":{:04X}", source.port());
+        let mut sockets = sockets
+            .lines()
+            .map(|line| line.split_whitespace().collect::<Vec<_>>());
+        sockets
+            .any(|fields| fields[1].ends_with(&port) && fields[5].starts_with("03:"))
+            .then_some(())
+    })
+    .unwrap();
+    assert_eq!(world.entries("FLOWS"), 1);
     let (mut agents, wanted) = agent.accept();
     assert_eq!(wanted, Some(at(OUT4[0], 80)));
     let mut text = String::new();
@@ -215,6 +233,38 @@ fn aborted_connections_leave_nothing() {
         (world.entries("FLOWS") == 0).then_some(())
     })
     .unwrap();
+}
+
+#[test]
+fn a_connect_given_up_leaves_nothing() {
+    let world = World::new();
+    // A listener that lets one connection wait leaves the next ones unanswered.
+    world
+        .pod
+        .enter(|| fs::write("/proc/sys/net/core/somaxconn", "1"))
+        .unwrap()
+        .unwrap();
+    let agent = world.enrol(true);
+    let sockets: Vec<_> = (0..4)
+        .map(|_| {
+            let socket = world.pod.enter(|| tcp_socket(at(OUT4[0], 80))).unwrap();
+            socket.set_nonblocking(true).unwrap();
+            let _ = socket.connect(&at(OUT4[0], 80).into());
+            socket
+        })
+        .collect();
+    let waiting = sockets
+        .iter()
+        .filter(|socket| socket.peer_addr().is_err())
+        .count();
+    assert!(waiting > 0);
+    assert_eq!(world.entries("FLOWS"), 4);
+    drop(sockets);
+    assert_eq!(world.entries("FLOWS"), 4 - waiting);
+    for _ in 0..4 - waiting {
+        assert_eq!(agent.accept().1, Some(at(OUT4[0], 80)));
+    }
+    assert_eq!(world.entries("FLOWS"), 0);
 }
 
 #[test]

@@ -5,6 +5,7 @@
 //! by their names, its pins by the bpffs mounted in its folder.
 
 use std::fs::{self, File};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
 use std::sync::Arc;
@@ -166,9 +167,13 @@ fn remove_strays() -> Result<()> {
     Ok(())
 }
 
-/// `None` when the folder's run lives.
+/// `None` when the folder's run lives, or is just being removed by it.
 fn try_lock(dir: &Path) -> Result<Option<Flock<File>>> {
-    match Flock::lock(File::create(dir.join("lock"))?, FlockArg::LockExclusiveNonblock) {
+    let file = match File::create(dir.join("lock")) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        file => file?,
+    };
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(lock) => Ok(Some(lock)),
         Err((_, Errno::EWOULDBLOCK)) => Ok(None),
         Err((_, errno)) => Err(errno).context("cannot lock a run's folder"),

@@ -13,6 +13,8 @@ use mesh_common::{
     DnsKey, ListenerKey, NetAddr, NetPort, WorkloadEntry, WorkloadKey, listener_kind, workload_flags,
 };
 use nix::ifaddrs::getifaddrs;
+use nix::net::if_::InterfaceFlags;
+use nix::sys::socket::SockaddrStorage;
 
 use super::listeners::Listeners;
 use super::namespace::KernelNamespace;
@@ -221,35 +223,56 @@ fn describe(entry: &mut WorkloadEntry, addresses: &[IpAddr], hold: bool) {
     entry.flags = if hold { workload_flags::HOLD } else { 0 };
 }
 
-/// A workload under a wrong address would be captured into nowhere.
+/// A workload under a wrong address would be captured into nowhere, and so would one without loopback.
 fn check_addresses(netns: &Netns, place: &str, wanted: &[IpAddr]) -> Result<(), CaptureError> {
     if wanted.is_empty() {
         return Err(CaptureError::NoAddress);
     }
-    let present = netns
-        .within(addresses_here)
+    let here = netns
+        .within(Addresses::here)
         .and_then(|found| found)
         .map_err(|source| CaptureError::Namespace {
             place: place.to_owned(),
             source,
         })?;
-    match wanted.iter().find(|address| !present.contains(address)) {
+    if !here.loopback {
+        return Err(CaptureError::LoopbackDown {
+            place: place.to_owned(),
+        });
+    }
+    match wanted.iter().find(|address| !here.present.contains(address)) {
         None => Ok(()),
         Some(address) => Err(CaptureError::NoSuchAddress {
             place: place.to_owned(),
             address: *address,
-            present,
+            present: here.present,
         }),
     }
 }
 
-fn addresses_here() -> io::Result<Vec<IpAddr>> {
-    let to_ip = |address: nix::sys::socket::SockaddrStorage| {
-        let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
-        v4.or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
-    };
-    Ok(getifaddrs()?
-        .filter_map(|interface| to_ip(interface.address?))
-        .filter(|ip| !ip.is_loopback())
-        .collect())
+/// What a namespace has.
+struct Addresses {
+    present: Vec<IpAddr>,
+    loopback: bool,
+}
+
+impl Addresses {
+    /// Of the calling thread's namespace.
+    fn here() -> io::Result<Self> {
+        let mut found = Self {
+            present: Vec::new(),
+            loopback: false,
+        };
+        for interface in getifaddrs()? {
+            let up = interface.flags.contains(InterfaceFlags::IFF_UP);
+            found.loopback |= up && interface.flags.contains(InterfaceFlags::IFF_LOOPBACK);
+            let v4 = |address: &SockaddrStorage| address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
+            let v6 = |address: &SockaddrStorage| address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip()));
+            let ip = interface
+                .address
+                .and_then(|address| v4(&address).or_else(|| v6(&address)));
+            found.present.extend(ip.filter(|ip| !ip.is_loopback()));
+        }
+        Ok(found)
+    }
 }

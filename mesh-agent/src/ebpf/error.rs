@@ -41,6 +41,10 @@ pub enum CaptureError {
         address: IpAddr,
         present: Vec<IpAddr>,
     },
+    #[error(
+        "the loopback device of {place} is down, and capture goes through it; run `ip link set lo up` there"
+    )]
+    LoopbackDown { place: String },
     #[error("a workload needs at least one address")]
     NoAddress,
     #[error("cannot open the agent's listeners in {place}: {source}")]
@@ -56,8 +60,10 @@ impl CaptureError {
     #[must_use]
     pub fn is_missing_place(&self) -> bool {
         match self {
-            Self::Namespace { source, .. } => source.kind() == io::ErrorKind::NotFound,
-            Self::NoSuchAddress { .. } => true,
+            Self::Namespace { source, .. } | Self::Cgroup { source, .. } => {
+                source.kind() == io::ErrorKind::NotFound
+            }
+            Self::NoSuchAddress { .. } | Self::LoopbackDown { .. } => true,
             _ => false,
         }
     }
