@@ -173,8 +173,11 @@ fn what_a_link_leads_to_is_watched_too() {
     symlink(world.path("elsewhere/a.yaml"), world.path("pods/a.yaml")).unwrap();
     let running = world.watch();
     running.until_names(&["old"]);
-    world.write("elsewhere/a.yaml", &pod("new", 1));
-    running.until_names(&["new"]);
+    // Several times: the first change may be seen by a look that something else caused.
+    for name in ["new", "newer", "newest"] {
+        world.write("elsewhere/a.yaml", &pod(name, 1));
+        running.until_names(&[name]);
+    }
 }
 
 #[test]
