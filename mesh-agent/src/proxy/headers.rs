@@ -38,7 +38,14 @@ const NEVER_HOP_BY_HOP: [HeaderName; 6] = [
 /// Makes an application's request fit to be passed on. `fallback` names the destination when the client
 /// (HTTP/1.0) did not.
 pub(super) fn from_application(parts: &mut request::Parts, fallback: SocketAddr) -> Result<(), Error> {
+    let trailers = wants_trailers(&parts.headers);
     strip_hop_by_hop(&mut parts.headers);
+    if trailers {
+        // Said anew for the next hop, which passes trailers on as we do.
+        parts
+            .headers
+            .insert(header::TE, HeaderValue::from_static("trailers"));
+    }
     strip_ours(&mut parts.headers);
     parts.headers.remove(XFCC);
     // hyper answers `100-continue` itself when the body is first read, as Envoy does.
@@ -87,9 +94,17 @@ pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
     headers.remove("proxy-connection");
     headers.remove(header::TRANSFER_ENCODING);
     headers.remove(header::UPGRADE);
-    if headers.get(header::TE).is_some_and(|te| te != "trailers") {
-        headers.remove(header::TE);
-    }
+    headers.remove(header::TE);
+}
+
+/// `TE: trailers`, whatever else it lists (RFC 9110, section 10.1.4).
+fn wants_trailers(headers: &HeaderMap) -> bool {
+    headers.get_all(header::TE).iter().any(|te| {
+        te.to_str().is_ok_and(|te| {
+            te.split(',')
+                .any(|coding| coding.trim().eq_ignore_ascii_case("trailers"))
+        })
+    })
 }
 
 /// The protocol that the client asks to switch to, if it does (RFC 9110, section 7.8).
@@ -118,6 +133,11 @@ pub(super) fn origin_form(parts: &mut request::Parts) {
         .path_and_query()
         .cloned()
         .unwrap_or_else(|| PathAndQuery::from_static("/"));
+    if parts.headers.contains_key(header::TE) {
+        parts
+            .headers
+            .insert(header::CONNECTION, HeaderValue::from_static("te"));
+    }
     parts.uri = if parts.method == Method::OPTIONS && path.as_str() == "*" {
         Uri::from_static("*")
     } else {

@@ -31,10 +31,7 @@ pub(super) async fn accept(
     let (mut parts, body) = request.into_parts();
     let audience = reply::Audience::of(&parts);
     let switch = headers::upgrade(&parts);
-    let http2 = match proxy.store.load().target_protocol(to) {
-        Protocol::Http2 | Protocol::Grpc => true,
-        _ => parts.version == Version::HTTP_2,
-    };
+    let http2 = speaks_http2(proxy.store.load().target_protocol(to), &parts);
     let fit = headers::from_application(&mut parts, to).and_then(|()| canonical(&mut parts));
     if let Err(error) = fit {
         return reply::error(&error, audience);
@@ -45,6 +42,16 @@ pub(super) async fn accept(
             let request = Request::from_parts(parts, Body::incoming(body));
             deliver(proxy, dest, caller, to, (request, http2)).await
         }
+    }
+}
+
+/// Whether the application is spoken to in HTTP/2: what its port says, else what the client speaks. A port that
+/// says plain HTTP gets HTTP/1.1, as in Istio, but for gRPC, which there is none of without HTTP/2.
+pub(super) fn speaks_http2(protocol: Protocol, parts: &request::Parts) -> bool {
+    match protocol {
+        Protocol::Http2 | Protocol::Grpc => true,
+        Protocol::Http1 => parts.version == Version::HTTP_2 && reply::is_grpc(&parts.headers),
+        Protocol::Detect | Protocol::Tls | Protocol::Tcp => parts.version == Version::HTTP_2,
     }
 }
 

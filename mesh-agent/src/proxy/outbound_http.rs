@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::{Request, Response, StatusCode, Version, request};
+use http::{Request, Response, StatusCode, request};
 use http_body::Body as _;
 use hyper::body::Incoming;
 use tokio::time::Instant;
@@ -22,7 +22,7 @@ use super::upstream::Way;
 use super::{headers, inbound_http, reply, upgrade};
 use crate::metrics::{Flag, HttpRecorder, Peers, Reporter, Security};
 use crate::model::{
-    Backend, Endpoint, HeaderEdits, InFlight, Protocol, RetryPolicy, RouteRule, Snapshot, Timeouts, Workload,
+    Backend, Endpoint, HeaderEdits, InFlight, RetryPolicy, RouteRule, Snapshot, Timeouts, Workload,
 };
 use crate::retry::{self, Decision, Failure};
 use crate::route;
@@ -139,11 +139,8 @@ impl<'a> Plan<'a> {
     }
 
     /// What the application is to be spoken to in: what its port says, else what the client speaks.
-    fn http2(&self, client: Version) -> bool {
-        match self.candidates.protocol {
-            Protocol::Http2 | Protocol::Grpc => true,
-            Protocol::Detect | Protocol::Http1 | Protocol::Tls | Protocol::Tcp => client == Version::HTTP_2,
-        }
+    fn http2(&self, parts: &request::Parts) -> bool {
+        inbound_http::speaks_http2(self.candidates.protocol, parts)
     }
 }
 
@@ -173,7 +170,7 @@ impl Attempts<'_> {
         exchange: &Arc<Exchange>,
         tried: &mut Tried,
     ) -> Result<Response<Body>, Error> {
-        let http2 = self.plan.http2(parts.version);
+        let http2 = self.plan.http2(&parts);
         let replay = (!body.is_end_stream()).then(|| Replayable::new(body));
         let method = parts.method.clone();
         loop {
@@ -281,6 +278,7 @@ fn finish(
     (sent, tried): (Sent<'_>, Tried),
     audience: reply::Audience,
 ) -> Response<Body> {
+    let answered = sent.is_ok();
     let (mut response, candidates, flag) = match sent {
         Ok((response, candidates)) => {
             let flag = if tried.exhausted {
@@ -335,7 +333,7 @@ fn finish(
         .until(
             tried
                 .deadline
-                .filter(|_| response.status() != StatusCode::SWITCHING_PROTOCOLS),
+                .filter(|_| answered && response.status() != StatusCode::SWITCHING_PROTOCOLS),
         );
     response.map(|body| body.measured(tail))
 }
