@@ -1,8 +1,9 @@
 //! The page for people: how the agent is, and where to look further. No script; nothing is loaded.
 
 use std::fmt::{self, Display, Write};
+use std::time::{Duration, SystemTime};
 
-use super::api::Status;
+use super::api::{Ebpf, Status, Workload};
 
 const STYLE: &str = include_str!("index.css");
 
@@ -32,88 +33,151 @@ const PAGES: [(&str, &str); 13] = [
     ("/readyz", "200 when it is ready"),
 ];
 
-pub(super) fn index(status: &Status, filter: &str) -> String {
-    let mut page = String::with_capacity(16 * 1024);
-    // Writing to a string cannot fail.
-    let _ = write_index(&mut page, status, filter);
-    page
+/// Workloads that are listed; the rest is on their own page.
+const MAX_WORKLOADS: usize = 100;
+/// Findings that are listed; the rest is on the status page.
+const MAX_FINDINGS: usize = 50;
+
+/// What the page shows.
+pub(super) struct Shown<'a> {
+    pub(super) status: &'a Status,
+    /// The workloads of this node.
+    pub(super) local: &'a [Workload],
+    pub(super) ebpf: &'a Ebpf,
+    pub(super) filter: &'a str,
+    pub(super) now: SystemTime,
 }
 
-fn write_index(page: &mut String, status: &Status, filter: &str) -> fmt::Result {
-    let (class, word) = match (status.draining, status.ready) {
-        (true, _) => ("warn", "draining"),
-        (false, true) => ("good", "ready"),
-        (false, false) => ("bad", "not ready"),
-    };
-    write!(
-        page,
-        "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><meta http-equiv=\"refresh\" content=\"10\">\
-         <meta name=\"viewport\" content=\"width=device-width\"><title>{node} · mesh-agent</title>\
-         <style>{STYLE}</style><main><header><h1>{node}</h1><span class=\"badge {class}\">{word}</span>\
-         <p>mesh-agent {version} · up {uptime} · process {pid} · trust domain {domain} · log {filter}</p></header>",
-        node = Escaped(&status.node),
-        version = Escaped(&status.version),
-        uptime = uptime(status.uptime_seconds),
-        pid = status.pid,
-        domain = Escaped(&status.trust_domain),
-        filter = Escaped(filter),
-    )?;
-    write_cards(page, status)?;
-    write_conditions(page, status)?;
-    write_findings(page, status)?;
-    page.push_str("<section><h2>Look further</h2><table class=\"pages\">");
-    for (path, about) in PAGES {
-        write!(page, "<tr><td><a href=\"{path}\">{path}</a><td>{about}")?;
+impl Shown<'_> {
+    pub(super) fn page(&self) -> String {
+        let mut page = String::with_capacity(16 * 1024);
+        // Writing to a string cannot fail.
+        let _ = self.write(&mut page);
+        page
     }
-    page.push_str("</table></section></main></html>\n");
-    Ok(())
-}
 
-fn write_cards(page: &mut String, status: &Status) -> fmt::Result {
-    let counts = &status.counts;
-    let cards = [
-        (
-            "/api/v1/workloads",
-            "local workloads",
-            counts.local_workloads,
-            format!("of {} known", counts.workloads),
-        ),
-        (
-            "/api/v1/services",
-            "services",
-            counts.services,
-            format!("generation {}", status.generation),
-        ),
-        ("/api/v1/routes", "route rules", counts.routes, String::new()),
-        (
-            "/api/v1/connections",
-            "open connections",
-            counts.inbound_connections + counts.outbound_connections,
-            format!(
-                "{} in, {} out",
-                counts.inbound_connections, counts.outbound_connections
-            ),
-        ),
-        (
-            "/api/v1/certificates",
-            "certificates",
-            counts.certificates,
-            status
-                .next_certificate_expiry
-                .as_ref()
-                .map(|expiry| format!("first ends {expiry}"))
-                .unwrap_or_default(),
-        ),
-    ];
-    page.push_str("<nav>");
-    for (path, label, count, more) in cards {
+    fn write(&self, page: &mut String) -> fmt::Result {
+        let status = self.status;
+        let (class, word) = match (status.draining, status.ready) {
+            (true, _) => ("warn", "draining"),
+            (false, true) => ("good", "ready"),
+            (false, false) => ("bad", "not ready"),
+        };
         write!(
             page,
-            "<a class=\"card\" href=\"{path}\"><b>{count}</b><span>{label}</span><small>{more}</small></a>",
-            more = Escaped(&more)
+            "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\">\
+             <meta http-equiv=\"refresh\" content=\"10\"><meta name=\"viewport\" content=\"width=device-width\">\
+             <title>{node} · mesh-agent</title><style>{STYLE}</style><main>\
+             <header><h1>{node}</h1><span class=\"badge {class}\">{word}</span>\
+             <p>mesh-agent {version} · up {uptime} · process {pid} · trust domain {domain} · log {filter}</p></header>",
+            node = Escaped(&status.node),
+            version = Escaped(&status.version),
+            uptime = humantime::format_duration(Duration::from_secs(status.uptime_seconds)),
+            pid = status.pid,
+            domain = Escaped(&status.trust_domain),
+            filter = Escaped(self.filter),
+        )?;
+        self.write_cards(page)?;
+        write_findings(page, status)?;
+        write_conditions(page, status)?;
+        write_workloads(page, self.local)?;
+        page.push_str("<section><h2>Look further</h2><table class=\"pages\">");
+        for (path, about) in PAGES {
+            write!(page, "<tr><td><a href=\"{path}\">{path}</a><td>{about}")?;
+        }
+        page.push_str("</table></section></main></html>\n");
+        Ok(())
+    }
+
+    fn write_cards(&self, page: &mut String) -> fmt::Result {
+        let (counts, ebpf) = (&self.status.counts, self.ebpf);
+        let open = counts.inbound_connections + counts.outbound_connections;
+        let first_end = self
+            .status
+            .next_certificate_expiry
+            .as_deref()
+            .and_then(|end| humantime::parse_rfc3339(end).ok());
+        let life = first_end.map(|end| end.duration_since(self.now).unwrap_or_default().as_secs());
+        let life = life.map(|life| format!("first ends in {} h {} min", life / 3600, life / 60 % 60));
+        let kernel = match ebpf.message.as_str() {
+            "" => format!("Linux {}", ebpf.kernel),
+            message => message.to_owned(),
+        };
+        let cards = [
+            (
+                "workloads",
+                "local workloads",
+                counts.local_workloads.to_string(),
+                format!("of {} known", counts.workloads),
+            ),
+            (
+                "services",
+                "services",
+                counts.services.to_string(),
+                format!("generation {}", self.status.generation),
+            ),
+            (
+                "routes",
+                "route rules",
+                counts.routes.to_string(),
+                "in order of precedence".to_owned(),
+            ),
+            (
+                "connections",
+                "open connections",
+                open.to_string(),
+                format!(
+                    "{} in, {} out",
+                    counts.inbound_connections, counts.outbound_connections
+                ),
+            ),
+            (
+                "certificates",
+                "certificates",
+                counts.certificates.to_string(),
+                life.unwrap_or_default(),
+            ),
+            ("ebpf", "kernel side", ebpf.state.clone(), kernel),
+        ];
+        page.push_str("<nav>");
+        for (path, label, value, more) in cards {
+            write!(
+                page,
+                "<a class=\"card\" href=\"/api/v1/{path}\"><b>{value}</b><span>{label}</span><small>{more}</small></a>",
+                value = Escaped(&value),
+                more = Escaped(&more)
+            )?;
+        }
+        page.push_str("</nav>");
+        Ok(())
+    }
+}
+
+fn write_workloads(page: &mut String, local: &[Workload]) -> fmt::Result {
+    if local.is_empty() {
+        return Ok(());
+    }
+    page.push_str("<section><h2>Workloads of this node</h2><table>");
+    for workload in local.iter().take(MAX_WORKLOADS) {
+        let class = if workload.state == "enrolled" {
+            "good"
+        } else {
+            "warn"
+        };
+        write!(
+            page,
+            "<tr><td><b>{}</b><br><small>{}</small><td class=\"{class}\">{}<br><small>{}</small>\
+             <td><code>{}</code><td>mTLS {}<br><small>{} without an agent</small>",
+            Escaped(&workload.name),
+            Escaped(&workload.namespace),
+            Escaped(&workload.state),
+            Escaped(&workload.message),
+            Escaped(&workload.addresses.join(" ")),
+            Escaped(&workload.mtls.mode),
+            Escaped(&workload.on_agent_down),
         )?;
     }
-    page.push_str("</nav>");
+    page.push_str("</table></section>");
     Ok(())
 }
 
@@ -135,9 +199,6 @@ fn write_conditions(page: &mut String, status: &Status) -> fmt::Result {
     page.push_str("</table></section>");
     Ok(())
 }
-
-/// More are on the status page.
-const MAX_FINDINGS: usize = 50;
 
 fn write_findings(page: &mut String, status: &Status) -> fmt::Result {
     if status.findings.is_empty() {
@@ -167,10 +228,6 @@ fn write_findings(page: &mut String, status: &Status) -> fmt::Result {
     }
     page.push_str("</table></section>");
     Ok(())
-}
-
-fn uptime(seconds: u64) -> impl Display {
-    humantime::format_duration(std::time::Duration::from_secs(seconds))
 }
 
 /// Text from outside, as text.

@@ -5,6 +5,7 @@
 //! only what [`AdminSources`] gives. Its clients are hostile: everything they may send or hold is bounded.
 
 pub mod api;
+mod body;
 mod html;
 mod pages;
 mod readiness;

@@ -8,15 +8,15 @@ use bytes::Bytes;
 use http::header::{ALLOW, CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, X_CONTENT_TYPE_OPTIONS};
 use http::request::Parts;
 use http::{HeaderValue, Method, Response, StatusCode};
-use http_body_util::Full;
 use prometheus_client::encoding::text::encode;
 use serde::Serialize;
 
 use super::api::{self, Named};
+use super::body::Content;
 use super::{AdminSources, Scope, html, request, view};
 use crate::model::Severity;
 
-pub(super) type Answer = Response<Full<Bytes>>;
+pub(super) type Answer = Response<Content>;
 
 /// Open connections that one answer lists.
 const MAX_LISTED: usize = 10_000;
@@ -52,11 +52,9 @@ fn page(site: &Site, parts: &Parts, body: &Bytes) -> Result<Answer, Refusal> {
     match parts.uri.path() {
         "/healthz" => read(parts, || json(&serde_json::json!({"healthy": true}))),
         "/readyz" => read(parts, || readyz(sources)),
-        "/metrics" => read(parts, || metrics(sources)),
+        "/metrics" => read(parts, || metrics(&site.sources)),
         _ if site.scope == Scope::Metrics => Err(Refusal::not_found(&["/metrics", "/healthz", "/readyz"])),
-        "/" => read(parts, || {
-            with_type(HTML, html::index(&status(sources), &sources.log.get()))
-        }),
+        "/" => read(parts, || index(sources)),
         "/logging" => logging(sources, parts, body),
         "/config_dump" => read(parts, || json(&config_dump(sources))),
         path => match path.strip_prefix("/api/v1/") {
@@ -98,6 +96,20 @@ fn resource(sources: &AdminSources, parts: &Parts, name: &str) -> Result<Answer,
     }
 }
 
+fn index(sources: &AdminSources) -> Answer {
+    let snapshot = sources.store.load();
+    let mut local = view::workloads(&snapshot, &(sources.enrolments)());
+    local.retain(|workload| workload.place.is_some());
+    let shown = html::Shown {
+        status: &status(sources),
+        local: &local,
+        ebpf: &(sources.ebpf)(),
+        filter: &sources.log.get(),
+        now: SystemTime::now(),
+    };
+    with_type(HTML, whole(shown.page()))
+}
+
 fn readyz(sources: &AdminSources) -> Answer {
     let ready = sources.readiness.is_ready();
     let conditions = sources.readiness.conditions();
@@ -108,13 +120,14 @@ fn readyz(sources: &AdminSources) -> Answer {
     answer
 }
 
-fn metrics(sources: &AdminSources) -> Answer {
-    refresh(sources);
-    let mut text = String::new();
-    match encode(&mut text, &sources.registry) {
-        Ok(()) => with_type(OPENMETRICS, text),
-        Err(_) => failure(StatusCode::INTERNAL_SERVER_ERROR, "the metrics cannot be written"),
-    }
+/// There may be a lot of them: they are made while they are sent.
+fn metrics(sources: &Arc<AdminSources>) -> Answer {
+    let sources = Arc::clone(sources);
+    let body = Content::written(move |text| {
+        refresh(&sources);
+        encode(text, &sources.registry)
+    });
+    with_type(OPENMETRICS, body)
 }
 
 /// Sets what mirrors state that is kept elsewhere.
@@ -278,7 +291,7 @@ fn json(value: &impl Serialize) -> Answer {
     match serde_json::to_vec_pretty(value) {
         Ok(mut text) => {
             text.push(b'\n');
-            with_type(JSON, text)
+            with_type(JSON, whole(text))
         }
         Err(error) => failure(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
     }
@@ -336,13 +349,17 @@ impl Refusal {
 
 pub(super) fn failure(status: StatusCode, message: &str) -> Answer {
     let body = serde_json::json!({ "error": message });
-    let mut answer = with_type(JSON, format!("{body:#}\n"));
+    let mut answer = with_type(JSON, whole(format!("{body:#}\n")));
     *answer.status_mut() = status;
     answer
 }
 
-fn with_type(content_type: HeaderValue, body: impl Into<Bytes>) -> Answer {
-    let mut answer = Response::new(Full::new(body.into()));
+fn whole(body: impl Into<Bytes>) -> Content {
+    Content::Whole(Some(body.into()))
+}
+
+fn with_type(content_type: HeaderValue, body: Content) -> Answer {
+    let mut answer = Response::new(body);
     let headers = answer.headers_mut();
     headers.insert(CONTENT_TYPE, content_type);
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));

@@ -10,6 +10,7 @@ use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 
 use super::*;
+use crate::metrics::{Flag, HttpOutcome, Peers, Reporter, Security};
 use crate::model::{
     Backend, Endpoint, Identity, LoadBalancing, MtlsMode, MtlsPolicy, OnAgentDown, PathMatch, Place,
     Protocol, Rejected, RequestMatch, RetryPolicy, RouteRule, Service, ServiceKey, ServicePort, Severity,
@@ -243,6 +244,49 @@ async fn health_and_readiness() {
     assert_eq!(page.get("/healthz").await.status, 200);
 }
 
+/// Many times what fits into the chunks and the kernel's buffers.
+#[tokio::test]
+async fn many_metrics_wait_for_their_reader() {
+    let page = Page::start(Scope::Metrics).await;
+    let pairs = 1_000;
+    for index in 0..pairs {
+        let workload = workload(&format!("client-{index}"), None);
+        let peers = Peers {
+            reporter: Reporter::Source,
+            source: Some(&workload),
+            source_identity: None,
+            destination: None,
+            destination_identity: None,
+            service: None,
+            security: Security::None,
+        };
+        page.sources.metrics.http(&peers).record(&HttpOutcome {
+            status: 200,
+            flag: Flag::None,
+            grpc_status: None,
+            duration: Duration::ZERO,
+            request_bytes: 0,
+            response_bytes: 0,
+        });
+    }
+    let reply = page.get("/metrics").await;
+    let requests = reply
+        .body
+        .lines()
+        .filter(|line| line.starts_with("istio_requests_total{"));
+    assert_eq!(requests.count(), pairs);
+    assert!(reply.body.len() > 10_000_000 && reply.body.ends_with("# EOF\n"));
+    let gone = TcpStream::connect(page.address).await.unwrap();
+    gone.writable().await.unwrap();
+    gone.try_write(b"GET /metrics HTTP/1.0\r\n\r\n").unwrap();
+    drop(gone);
+    let again = page.get("/metrics").await;
+    assert!(
+        again.body.ends_with("# EOF\n"),
+        "a reader that is gone disturbs nobody"
+    );
+}
+
 #[tokio::test]
 async fn the_metrics_address_serves_metrics_only() {
     let page = Page::start(Scope::Metrics).await;
@@ -396,6 +440,10 @@ async fn the_page_for_people_trusts_no_document() {
     assert!(reply.head.contains("content-type: text/html; charset=utf-8"));
     assert!(reply.head.contains("content-security-policy: default-src 'none'"));
     assert!(reply.body.contains("node-&lt;a&gt;") && reply.body.contains("not ready"));
+    assert!(
+        reply.body.contains("<b>reviews-1</b>") && !reply.body.contains("<b>reviews-2</b>"),
+        "the local one"
+    );
     assert!(reply.body.contains("&lt;script&gt;alert(1)") && !reply.body.contains("<script"));
     for path in reply
         .body
