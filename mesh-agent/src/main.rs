@@ -1,5 +1,6 @@
 //! The program: reads the command line and the configuration, and gives each side of the agent its runtime.
 
+use std::io;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -15,10 +16,19 @@ fn main() -> ExitCode {
         Command::Run { config } => run(config.as_deref()).map(|()| ExitCode::SUCCESS),
         command => execute(command),
     };
-    done.unwrap_or_else(|error| {
-        eprintln!("mesh-agent: {error:#}");
-        ExitCode::FAILURE
+    done.unwrap_or_else(|error| match is_reader_gone(&error) {
+        true => ExitCode::SUCCESS,
+        false => {
+            eprintln!("mesh-agent: {error:#}");
+            ExitCode::FAILURE
+        }
     })
+}
+
+/// As when the output goes to `head`.
+fn is_reader_gone(error: &anyhow::Error) -> bool {
+    let cause = error.root_cause().downcast_ref::<io::Error>();
+    cause.is_some_and(|cause| cause.kind() == io::ErrorKind::BrokenPipe)
 }
 
 fn run(config: Option<&Path>) -> anyhow::Result<()> {

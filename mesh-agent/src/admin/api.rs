@@ -374,4 +374,15 @@ macro_rules! named {
     )+};
 }
 
-named!(Workload, Service, Route, Policy, Certificate, Connection);
+named!(Workload, Service, Policy, Certificate, Connection);
+
+impl Named for Route {
+    fn namespace(&self) -> &str {
+        &self.namespace
+    }
+
+    /// The route's, whichever rule of it this is.
+    fn name(&self) -> &str {
+        self.name.split('/').next().unwrap_or_default()
+    }
+}

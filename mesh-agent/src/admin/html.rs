@@ -120,7 +120,7 @@ impl Shown<'_> {
                 "routes",
                 "route rules",
                 counts.routes.to_string(),
-                "in order of precedence".to_owned(),
+                "of HTTPRoutes".to_owned(),
             ),
             (
                 "connections",

@@ -383,6 +383,11 @@ async fn lists_are_filtered() {
     );
     assert_eq!(found(page.json("/api/v1/workloads?namespace=other").await), 0);
     assert_eq!(found(page.json("/api/v1/services?name=reviews").await), 1);
+    assert_eq!(
+        found(page.json("/api/v1/routes?namespace=shop&name=canary").await),
+        2,
+        "its rules"
+    );
     assert_eq!(page.get("/api/v1/workloads?nmae=reviews").await.status, 400);
     assert_eq!(page.get("/api/v1/status?name=x").await.status, 400);
 }

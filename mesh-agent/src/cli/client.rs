@@ -51,10 +51,11 @@ impl<'a> Client<'a> {
     }
 
     async fn ask(&self, path: &str) -> anyhow::Result<(StatusCode, Bytes)> {
-        let stream = TcpStream::connect(self.address).await.with_context(|| {
-            format!(
-                "cannot reach an agent at {}\nIs it running (`mesh-agent run`)? Is that its `admin.address`? \
-                 Say another with --admin HOST:PORT or in $MESH_AGENT_ADMIN.",
+        let stream = TcpStream::connect(self.address).await.map_err(|error| {
+            anyhow!(
+                "cannot reach an agent at {}: {error}\n\
+                 Is it running (`mesh-agent run`)? If its `admin.address` is another, say so with --admin HOST:PORT \
+                 or in $MESH_AGENT_ADMIN.",
                 self.address
             )
         })?;

@@ -50,10 +50,13 @@ fn list<T: Serialize + DeserializeOwned>(
 ) -> anyhow::Result<()> {
     let body = Client::new(&output.admin).get(&wanted.path())?;
     let found: Vec<T> = parse(&body)?;
-    if found.is_empty()
-        && (wanted.name.is_some() || output.output != Format::Json && output.output != Format::Yaml)
-    {
+    if found.is_empty() && wanted.name.is_some() {
         bail!("{}", wanted.not_found());
+    }
+    if found.is_empty() && matches!(output.output, Format::Table | Format::Wide) {
+        // Not on stdout, where a table would be.
+        eprintln!("{}", wanted.not_found());
+        return Ok(());
     }
     write(output, out, &body, render)
 }
