@@ -103,13 +103,13 @@ fn without_an_agent_a_cgroup_is_held_or_passes() {
         .pod
         .enter(|| {
             let (capture, agent) = start(&world, &cgroup, true);
-            drop(agent);
+            agent.die(&capture);
             let refused = finish(cgroup.spawn(&script));
             assert!(
                 String::from_utf8_lossy(&refused.stderr).contains("refused"),
                 "{refused:?}"
             );
-            drop(enrol(&capture, &cgroup, false));
+            enrol(&capture, &cgroup, false).die(&capture);
             assert!(finish(cgroup.spawn(&script)).status.success());
             accept(&server);
             assert_eq!(capture.state().links.len(), 9 + 8, "nothing is there twice");

@@ -172,7 +172,7 @@ fn strangers_cannot_reach_the_agents_resolver() {
 fn without_an_agent_queries_are_held_or_pass() {
     for hold in [true, false] {
         let world = World::new();
-        drop(world.enrol(hold).listeners);
+        world.enrol(hold).die(&world.capture);
         let real = world
             .outside
             .enter(|| UdpSocket::bind(at(OUT4[2], 53)))

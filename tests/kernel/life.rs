@@ -26,7 +26,7 @@ fn without_an_agent_a_holding_workload_is_cut_off_at_once() {
         .enter(|| TcpListener::bind(at("::", 80)))
         .unwrap()
         .unwrap();
-    drop(agent.listeners);
+    agent.die(&world.capture);
     for (pod, out) in FAMILIES {
         let error = world.pod.enter(|| connect(at(out, 80))).unwrap().unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
@@ -58,7 +58,7 @@ fn without_an_agent_an_open_workload_goes_on_unmeshed() {
         .enter(|| TcpListener::bind(at("::", 80)))
         .unwrap()
         .unwrap();
-    drop(agent.listeners);
+    agent.die(&world.capture);
     for (pod, out) in FAMILIES {
         let mut client = world.pod.enter(|| connect(at(out, 80))).unwrap().unwrap();
         exchange(&mut client, &mut accept(&server).0);
@@ -97,7 +97,7 @@ fn the_next_agent_takes_over_and_nothing_is_there_twice() {
     let world = World::new();
     let agent = world.enrol(true);
     let before = world.capture.state();
-    drop(agent);
+    agent.die(&world.capture);
     let refused = world.pod.enter(|| connect(at(OUT4[0], 80))).unwrap().unwrap_err();
     assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
 
@@ -162,7 +162,7 @@ fn a_released_workload_is_as_before() {
 #[test]
 fn what_vanished_while_no_agent_was_there_is_forgotten() {
     let world = World::new();
-    drop(world.enrol(true));
+    world.enrol(true).die(&world.capture);
     assert_eq!(world.capture.state().workloads.len(), 1);
     assert_eq!(world.capture.forget_unknown(&[]).unwrap().len(), 1);
     let state = world.capture.state();
@@ -195,7 +195,7 @@ fn the_choice_can_change_while_the_agent_serves() {
         .unwrap();
     accept(&server);
     assert_eq!(world.counter("passed_no_address"), 1);
-    drop(agent.listeners);
+    agent.die(&world.capture);
     let _v4 = world.pod.enter(|| connect(at(OUT4[0], 80))).unwrap().unwrap();
     accept(&server);
 }
@@ -258,7 +258,7 @@ fn uninstall_leaves_nothing_but_spares_the_living() {
     fs::create_dir(&stranger).unwrap();
     let agent = world.enrol(true);
     assert!(matches!(ebpf::uninstall(&folder), Err(CaptureError::AgentAlive)));
-    drop(agent);
+    agent.die(&world.capture);
     let removed = ebpf::uninstall(&folder).unwrap();
     assert_eq!(removed.len(), 10 + 9, "{removed:?}");
     assert!(!folder.exists());

@@ -121,6 +121,21 @@ pub(crate) struct Agent {
 }
 
 impl Agent {
+    /// Closes everything, as the kernel does when an agent dies. (A program that another test is just starting
+    /// may hold a copy of a listener for a moment.)
+    pub(crate) fn die(self, capture: &Capture) {
+        drop(self);
+        until("the listeners to be closed", PATIENCE, || {
+            capture
+                .state()
+                .workloads
+                .iter()
+                .all(|workload| !workload.served)
+                .then_some(())
+        })
+        .unwrap();
+    }
+
     /// The next captured outgoing connection, and where it wanted to go.
     pub(crate) fn accept(&self) -> (TcpStream, Option<SocketAddr>) {
         let (stream, peer) = accept(&self.listeners.outbound);
