@@ -89,7 +89,8 @@ pub async fn run(config: AgentConfig, log: LogHandle, data: Handle) -> anyhow::R
         tokio::spawn(admin::serve(listener, scope, Arc::clone(&sources)));
     }
     let beating = capture.clone();
-    tokio::spawn(async move { beating.keep_alive().await });
+    // On the data path's runtime: it is the one whose hanging the kernel side must notice.
+    data.spawn(async move { beating.keep_alive().await });
     let renewing = identities.clone();
     tokio::spawn(async move { renewing.run().await });
     tokio::spawn(watch_counters(capture));

@@ -22,7 +22,7 @@ pub enum CaptureError {
     Object(#[from] aya::EbpfError),
     #[error("the eBPF object has no program {0}; build the agent again")]
     MissingProgram(&'static str),
-    #[error("the kernel does not take the program {name}: {source}")]
+    #[error("the kernel does not take the program {name} (Linux 6.1 or newer is needed): {source}")]
     Program {
         name: &'static str,
         source: Box<aya::programs::ProgramError>,
