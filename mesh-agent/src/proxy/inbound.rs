@@ -281,8 +281,12 @@ impl Door {
     }
 
     fn caller(&self, headers: &HeaderMap) -> Caller {
-        // Agents of other projects do not say who their client is; then it is the connection's peer.
-        let client = address(headers, &headers::CLIENT).unwrap_or(self.caller.client);
+        // The other agent connects from its workload's own address, so it may tell the client's port but not
+        // another address. Agents of other projects tell neither.
+        let client = address(headers, &headers::CLIENT)
+            .ok()
+            .filter(|client| client.ip().to_canonical() == self.caller.client.ip().to_canonical())
+            .unwrap_or(self.caller.client);
         Caller {
             client,
             ..self.caller.clone()
