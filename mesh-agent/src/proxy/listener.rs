@@ -64,8 +64,8 @@ pub(super) async fn accept<F>(
         let _ = stream.set_nodelay(true);
         let accepted = Accepted {
             stream,
-            peer,
-            address,
+            peer: canonical(peer),
+            address: canonical(address),
             local: Arc::clone(&local),
             drain: drain.clone(),
         };
@@ -80,4 +80,9 @@ pub(super) async fn accept<F>(
             drop(permit);
         });
     }
+}
+
+/// The listeners take both families: IPv4 arrives mapped into IPv6.
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
 }
