@@ -114,7 +114,7 @@ impl Body {
     }
 
     fn ended(&mut self) {
-        if let Watch::Response(tail) = std::mem::take(&mut self.watch) {
+        if let Watch::Response(mut tail) = std::mem::take(&mut self.watch) {
             tail.finish();
         }
         if let Held::App(lease) = std::mem::take(&mut self.held) {

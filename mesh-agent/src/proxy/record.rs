@@ -164,7 +164,7 @@ impl Tail {
         self.record();
     }
 
-    pub(super) fn finish(mut self: Box<Self>) {
+    pub(super) fn finish(&mut self) {
         self.record();
     }
 
