@@ -108,7 +108,7 @@ impl Workloads {
     fn pass(&mut self, first: bool) {
         let changed = self.read();
         let mut moved = self.release_gone();
-        for (uid, workload) in std::mem::take(&mut self.wanted) {
+        for (uid, workload) in self.wanted.clone() {
             if let Some(enrolled) = self.enrolled.get(&uid) {
                 if changed {
                     self.update(&uid, enrolled, &workload);
@@ -116,7 +116,6 @@ impl Workloads {
             } else if self.failed.get(&uid).is_none_or(|again| Instant::now() >= *again) {
                 moved |= self.take_in(&uid, &workload);
             }
-            self.wanted.insert(uid, workload);
         }
         if first {
             self.forget_strangers();

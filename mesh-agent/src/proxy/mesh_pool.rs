@@ -153,6 +153,7 @@ impl MeshPool {
             .map_err(|_| Error::new(Kind::Connect, "mTLS connect timed out"))
             .flatten();
         let connection = connection.inspect_err(|error| self.count(key, error))?;
+        self.tls.metrics.agent().upstream_connects.inc();
         let lease = StreamLease(Arc::new(connection));
         lock(&peer.connections).push(Arc::clone(&lease.0));
         Ok(lease)
