@@ -95,7 +95,7 @@ impl AppPool {
             }
         }
         let (mut sender, connection) = http1::Builder::new()
-            .handshake(TokioIo::new(connect().await?))
+            .handshake(TokioIo::new(Box::pin(connect()).await?))
             .await
             .map_err(|cause| Error::new(Kind::Connect, cause))?;
         tokio::spawn(async move {
@@ -133,7 +133,7 @@ impl AppPool {
             .timer(TokioTimer::new())
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
-            .handshake(TokioIo::new(connect().await?))
+            .handshake(TokioIo::new(Box::pin(connect()).await?))
             .await
             .map_err(|cause| Error::new(Kind::Connect, cause))?;
         tokio::spawn(async move {

@@ -37,7 +37,7 @@ pub(super) async fn accept(
         return reply::error(&error, audience);
     }
     match switch {
-        Some(protocol) => upgrade::inbound(proxy, dest, caller, to, (parts, body, protocol)).await,
+        Some(protocol) => Box::pin(upgrade::inbound(proxy, dest, caller, to, (parts, body, protocol))).await,
         None => {
             let request = Request::from_parts(parts, Body::incoming(body));
             deliver(proxy, dest, caller, to, (request, http2)).await

@@ -148,7 +148,9 @@ impl MeshPool {
         if let Some(lease) = peer.lease(limit) {
             return Ok(lease);
         }
-        let connection = tokio::time::timeout(CONNECT_TIMEOUT, self.connect(key, namespace))
+        // Boxed, as all that is rare: the future of each request would else hold the room for a handshake.
+        let connecting = Box::pin(self.connect(key, namespace));
+        let connection = tokio::time::timeout(CONNECT_TIMEOUT, connecting)
             .await
             .map_err(|_| Error::new(Kind::Connect, "mTLS connect timed out"))
             .flatten();

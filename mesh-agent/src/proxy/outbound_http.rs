@@ -61,7 +61,7 @@ pub(super) async fn handle(outbound: Arc<Outbound>, request: Request<Incoming>) 
         };
         let answering = async {
             match switch {
-                Some(protocol) => attempts.switch((parts, body, protocol), &mut tried).await,
+                Some(protocol) => Box::pin(attempts.switch((parts, body, protocol), &mut tried)).await,
                 None => attempts.run(parts, body, &exchange, &mut tried).await,
             }
         };

@@ -48,7 +48,8 @@ where
         .serve_connection(
             TokioIo::new(io),
             service_fn(|request| {
-                let response = handle(request);
+                // Boxed: hyper and tokio move it about until it is first polled.
+                let response = Box::pin(handle(request));
                 async { Ok::<_, Infallible>(response.await) }
             }),
         )
@@ -87,7 +88,8 @@ pub(super) async fn http2<I, F>(
         .serve_connection(
             TokioIo::new(io),
             service_fn(move |request| {
-                let response = handle(request);
+                // Boxed: hyper and tokio move it about until it is first polled.
+                let response = Box::pin(handle(request));
                 async { Ok::<_, Infallible>(response.await) }
             }),
         );

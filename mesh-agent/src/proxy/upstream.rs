@@ -103,7 +103,8 @@ impl From<'_> {
         match way {
             Way::Local(dest) => {
                 let caller = self.caller(dest);
-                let response = inbound_http::deliver(self.proxy, dest, &caller, to, (request, http2)).await;
+                let delivering = inbound_http::deliver(self.proxy, dest, &caller, to, (request, http2));
+                let response = Box::pin(delivering).await;
                 checked(response).map(|response| response.map(Body::nested))
             }
             Way::Mesh(key) => self.send_mesh(key, to, request, http2).await,
@@ -114,10 +115,8 @@ impl From<'_> {
                     to,
                     tunnel: None,
                 };
-                send_app(self.proxy, key, (request, http2), async || {
-                    self.stream(&Way::Clear, to).await
-                })
-                .await
+                let connect = async || self.stream(&Way::Clear, to).await;
+                Box::pin(send_app(self.proxy, key, (request, http2), connect)).await
             }
         }
     }
@@ -144,7 +143,7 @@ impl From<'_> {
                     tunnel,
                 };
                 let connect = async || self.tunnel(key, to).await;
-                return send_app(self.proxy, key_in, (request, http2), connect).await;
+                return Box::pin(send_app(self.proxy, key_in, (request, http2), connect)).await;
             }
             self.sign(&mut request, to, http2)?;
             match lease.send(request).await {
