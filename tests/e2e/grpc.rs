@@ -32,7 +32,12 @@ print("all well")
 
 #[test]
 fn unary_streaming_and_failing_calls() {
-    let web = web();
+    let mut web = web();
+    // gRPC asks for a TXT record too, and waits for what becomes of that.
+    let mut nameserver = web.mesh.stranger("nameserver", 1).unwrap();
+    nameserver.serve(&web.mesh.run, "dns", 53).unwrap();
+    let resolv_conf = format!("nameserver {}\n", nameserver.v4);
+    web.client.netns.set_resolv_conf(&resolv_conf).unwrap();
     web.mesh
         .service("grpc", &["10.96.0.50"], &[("grpc", 50051, HTTP)], "web")
         .unwrap();

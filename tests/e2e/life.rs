@@ -171,10 +171,11 @@ fn uninstall_removes_what_a_dead_agent_left() {
     web.mesh.agents[0].kill();
     assert!(held.curl(&[&url]).is_err());
     let agent = &web.mesh.agents[0];
+    let bpffs = web.mesh.run.bpffs().join("node-a");
     let mut uninstall = agent.command();
-    mesh_tests::shell::output(uninstall.arg("uninstall").arg("--config").arg(&agent.config)).unwrap();
+    mesh_tests::shell::output(uninstall.arg("uninstall").arg("--bpffs").arg(&bpffs)).unwrap();
     assert_eq!(held.curl(&[&url]).unwrap().status, 200);
-    let left = pins(&web.mesh.run.bpffs().join("node-a"));
+    let left = pins(&bpffs);
     assert!(left.is_empty(), "{left:?}");
 }
 

@@ -100,7 +100,7 @@ fn the_command_line_shows_tables_and_json() {
     for (what, part) in [
         ("workloads", "client"),
         ("services", "web"),
-        ("certificates", "sa/client"),
+        ("certificates", "valid"),
         ("ebpf", "connect4"),
     ] {
         let table = run(&["get", what]);

@@ -213,7 +213,9 @@ fn status(code: u16) -> Response<Frames> {
 }
 
 fn text(text: &str) -> Response<Frames> {
-    Response::new(Frames::Whole(Some(Bytes::copy_from_slice(text.as_bytes()))))
+    // No body at all is not the same as an empty one: HTTP/2 then ends with the headers.
+    let bytes = Bytes::copy_from_slice(text.as_bytes());
+    Response::new(Frames::Whole(Some(bytes).filter(|bytes| !bytes.is_empty())))
 }
 
 fn one_header(name: &'static str, value: &'static str) -> HeaderMap {
