@@ -21,7 +21,11 @@ pub(crate) struct Web {
 }
 
 pub(crate) fn web() -> Web {
-    let mut mesh = Mesh::start(&Options::default()).unwrap();
+    web_with(&Options::default())
+}
+
+pub(crate) fn web_with(options: &Options) -> Web {
+    let mut mesh = Mesh::start(options).unwrap();
     mesh.service("web", &[WEB_V4, WEB_V6], &[("http", 80, HTTP)], "web")
         .unwrap();
     let server = http_server(&mut mesh, PodSpec::new("web", 1));

@@ -58,11 +58,7 @@ fn versions_and_methods() {
             response.head
         );
         // The port is called `http`: the application is spoken to in HTTP/1.1, whatever the client speaks.
-        let seen_version = seen(&response)["version"].as_str().unwrap().to_owned();
-        assert!(
-            seen_version == server_version || flag == "--http2-prior-knowledge",
-            "{flag}: {seen_version}"
-        );
+        assert_eq!(seen(&response)["version"], server_version, "{flag}");
     }
     for method in ["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "PURGE"] {
         let response = web.client.curl(&["--request", method, &url]).unwrap();
@@ -270,6 +266,23 @@ fn hostile_requests_are_refused_and_harm_nobody() {
     let path = format!("http://{WEB_V4}/a/../b/%2e%2e/c");
     let response = web.client.curl(&["--path-as-is", &path]).unwrap();
     assert_eq!(seen(&response)["uri"], "/c");
+}
+
+#[test]
+fn a_pod_that_calls_itself() {
+    let web = web();
+    // Through its own service: captured, and the application sees its own address.
+    for host in [WEB_V4.to_owned(), format!("[{WEB_V6}]")] {
+        let seen = seen(&web.server.curl(&[&format!("http://{host}/")]).unwrap());
+        assert_eq!(seen["pod"], "web");
+        let peer: SocketAddr = seen["peer"].as_str().unwrap().parse().unwrap();
+        assert!([web.server.v4, web.server.v6].contains(&peer.ip()), "{peer}");
+    }
+    // Inside the pod nothing is captured.
+    for host in ["127.0.0.1:8080", "[::1]:8080"] {
+        let response = web.server.curl(&[&format!("http://{host}/")]).unwrap();
+        assert_eq!(seen_header(&seen(&response), "x-request-id"), None, "{host}");
+    }
 }
 
 #[test]

@@ -90,6 +90,12 @@ fn no_request_fails_when_one_of_two_pods_dies_under_load() {
     assert_eq!(report["statuses"], serde_json::json!({"200": 6000}), "{report}");
     assert_eq!(report["failed"], 0, "{report}");
     assert!(report["pods"]["web-2"].as_u64().unwrap() > 500, "{report}");
+    // The dead pod is asked now and then, not for every request.
+    let retries = web.mesh.agents[0]
+        .metrics()
+        .unwrap()
+        .sum("mesh_agent_retries_total", &[]);
+    assert!((1.0..150.0).contains(&retries), "{retries} retries");
 }
 
 #[test]

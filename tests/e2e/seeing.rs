@@ -2,9 +2,11 @@
 
 use std::time::Duration;
 
-use mesh_tests::{http, until_ok};
+use anyhow::Context;
+use mesh_tests::{Options, http, until_ok};
+use serde_json::Value;
 
-use crate::common::{WEB_V4, web};
+use crate::common::{WEB_V4, web, web_with};
 
 #[test]
 fn both_agents_count_exactly_what_was_sent() {
@@ -151,4 +153,36 @@ fn the_kernel_counts_every_connection() {
     );
     let exported = web.mesh.agents[0].metrics().unwrap();
     assert!(exported.sum("mesh_agent_capture_total", &[("reason", "captured_tcp")]) >= 20.0);
+}
+
+#[test]
+fn the_access_log_has_a_line_for_each_request() {
+    let web = web_with(&Options {
+        config: "accessLog: {format: json}\n".to_owned(),
+        ..Options::default()
+    });
+    let url = format!("http://{WEB_V4}/status/418?secret=1");
+    web.client
+        .curl(&[&url, "--header", "x-request-id: find-me"])
+        .unwrap();
+    for (agent, direction) in web.mesh.agents.iter().zip(["outbound", "inbound"]) {
+        let line = until_ok("the line", Duration::from_secs(3), || {
+            let log = agent.log();
+            let line = log.lines().find(|line| line.contains("find-me"));
+            Ok(serde_json::from_str::<Value>(line.context("it is not there")?)?)
+        })
+        .unwrap();
+        assert_eq!(line["direction"], direction, "{line}");
+        assert_eq!(line["method"], "GET", "{line}");
+        assert_eq!(line["responseCode"], 418, "{line}");
+        assert_eq!(
+            line["sourceIdentity"], "spiffe://cluster.local/ns/shop/sa/client",
+            "{line}"
+        );
+        assert_eq!(
+            line["destinationIdentity"], "spiffe://cluster.local/ns/shop/sa/web",
+            "{line}"
+        );
+        assert_eq!(agent.log().matches("find-me").count(), 1);
+    }
 }

@@ -11,7 +11,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::metrics::Samples;
-use crate::{Process, Run, http, until_ok};
+use crate::{Options, Process, Run, http, until_ok};
 
 /// A cold start on a busy machine: loading programs, making a root certificate.
 const START: Duration = Duration::from_secs(30);
@@ -29,7 +29,7 @@ pub struct Agent {
 
 impl Agent {
     /// Writes the configuration of a node's agent; it does not run yet.
-    pub(crate) fn new(run: &Run, node: &str, program: &Path, log_filter: &str) -> Result<Self> {
+    pub(crate) fn new(run: &Run, node: &str, program: &Path, options: &Options) -> Result<Self> {
         let (admin, metrics) = (free_port()?, free_port()?);
         let dir = run.dir();
         let state = dir.join("state").join(node);
@@ -42,11 +42,12 @@ impl Agent {
              admin: {{address: '{admin}'}}\n\
              metrics: {{address: '{metrics}'}}\n\
              stateDir: {state}\n\
-             bpffs: {bpffs}\n",
+             bpffs: {bpffs}\n{more}",
             resources = dir.join("resources").display(),
             ca = dir.join("ca").display(),
             state = state.display(),
             bpffs = run.bpffs().join(node).display(),
+            more = options.config,
         );
         fs::write(&config, text)?;
         Ok(Self {
@@ -55,7 +56,7 @@ impl Agent {
             metrics,
             config,
             program: program.to_owned(),
-            log_filter: log_filter.to_owned(),
+            log_filter: options.log.clone(),
             process: None,
         })
     }

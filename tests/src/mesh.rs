@@ -27,6 +27,8 @@ pub struct Options {
     pub agents: bool,
     /// The agents' `RUST_LOG`.
     pub log: String,
+    /// More lines for the agents' configuration.
+    pub config: String,
 }
 
 impl Default for Options {
@@ -35,6 +37,7 @@ impl Default for Options {
             name: None,
             agents: true,
             log: "info".to_owned(),
+            config: String::new(),
         }
     }
 }
@@ -69,16 +72,16 @@ impl Mesh {
             run,
         };
         if options.agents {
-            mesh.start_agents(&options.log)?;
+            mesh.start_agents(options)?;
         }
         Ok(mesh)
     }
 
     /// Starts the nodes' agents. Pods that are there already become part of the mesh as they are.
-    pub fn start_agents(&mut self, log: &str) -> Result<()> {
+    pub fn start_agents(&mut self, options: &Options) -> Result<()> {
         let program = program("mesh-agent", "MESH_AGENT_BIN")?;
         for node in NODES {
-            let mut agent = Agent::new(&self.run, node, &program, log)?;
+            let mut agent = Agent::new(&self.run, node, &program, options)?;
             agent.start(&self.run)?;
             self.agents.push(agent);
         }

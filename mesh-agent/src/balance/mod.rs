@@ -1,11 +1,17 @@
 //! Which endpoint takes a request.
 //!
-//! Pure: the round robin's counter and the randomness are passed in. Invariant: an endpoint that was tried for
-//! this request is taken again only when there is no other.
+//! Pure: the round robin's counter, the randomness and the time are passed in. Invariants: an endpoint that was
+//! tried for this request is taken again only when there is no other; one that rests is taken only when all
+//! others rest or were tried.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use crate::model::{Endpoint, LoadBalancing};
+
+/// How long an endpoint that could not be reached is left alone. One that fails at once is never busy, so without
+/// this the less busy of two would be the dead one, for every request.
+pub const REST: Duration = Duration::from_secs(1);
 
 /// The endpoint for the next try; `None` when there are none.
 ///
@@ -14,55 +20,57 @@ pub fn pick<'a>(
     endpoints: &'a [Endpoint],
     policy: LoadBalancing,
     tried: &[SocketAddr],
+    now: Duration,
     round_robin: u64,
     random: u64,
 ) -> Option<&'a Endpoint> {
+    let past = Past { tried, now };
     match policy {
-        LoadBalancing::RoundRobin => next_in_turn(endpoints, tried, round_robin),
-        LoadBalancing::LeastRequest => less_busy_of_two(endpoints, tried, random),
+        LoadBalancing::RoundRobin => next_in_turn(endpoints, past, round_robin),
+        LoadBalancing::LeastRequest => less_busy_of_two(endpoints, past, random),
     }
 }
 
-fn next_in_turn<'a>(endpoints: &'a [Endpoint], tried: &[SocketAddr], turn: u64) -> Option<&'a Endpoint> {
+/// What speaks against an endpoint.
+#[derive(Clone, Copy)]
+struct Past<'a> {
+    tried: &'a [SocketAddr],
+    now: Duration,
+}
+
+impl Past<'_> {
+    fn is_untried(self, endpoint: &Endpoint) -> bool {
+        !self.tried.contains(&endpoint.address)
+    }
+
+    fn is_good(self, endpoint: &Endpoint) -> bool {
+        self.is_untried(endpoint) && !endpoint.load.rests(self.now)
+    }
+}
+
+fn next_in_turn<'a>(endpoints: &'a [Endpoint], past: Past<'_>, turn: u64) -> Option<&'a Endpoint> {
     let (before, from) = endpoints.split_at_checked(share(turn, endpoints.len())?)?;
-    from.iter()
-        .chain(before)
-        .find(|endpoint| !tried.contains(&endpoint.address))
+    let mut round = from.iter().chain(before);
+    round
+        .clone()
+        .find(|endpoint| past.is_good(endpoint))
+        .or_else(|| round.find(|endpoint| past.is_untried(endpoint)))
         .or_else(|| from.first())
 }
 
 /// The power of two choices: nearly as even as asking all of them, and no herd runs to the one least busy.
-fn less_busy_of_two<'a>(
-    endpoints: &'a [Endpoint],
-    tried: &[SocketAddr],
-    random: u64,
-) -> Option<&'a Endpoint> {
-    let fresh = |endpoint: &&Endpoint| !tried.contains(&endpoint.address);
-    let count = if tried.is_empty() {
-        endpoints.len()
-    } else {
-        endpoints.iter().filter(fresh).count()
-    };
-    let nth = |n: usize| match count {
-        0 => None,
-        _ if count == endpoints.len() => endpoints.get(n),
-        _ => endpoints.iter().filter(fresh).nth(n),
-    };
-    if count == 0 {
-        return endpoints.get(share(random, endpoints.len())?);
-    }
+fn less_busy_of_two<'a>(endpoints: &'a [Endpoint], past: Past<'_>, random: u64) -> Option<&'a Endpoint> {
+    let count = endpoints.len();
     let first = share(random & 0xffff_ffff, count)?;
-    let one = nth(first)?;
+    let good = |at: usize| endpoints.get(at).filter(|endpoint| past.is_good(endpoint));
     // Any of the others: as many steps further round as there are others.
-    let Some(step) = share(random >> 32, count - 1) else {
-        return Some(one);
-    };
-    let other = nth((first + 1 + step) % count)?;
-    Some(if other.load.active() < one.load.active() {
-        other
-    } else {
-        one
-    })
+    let second = share(random >> 32, count - 1).and_then(|step| good((first + 1 + step) % count));
+    match (good(first), second) {
+        (Some(one), Some(other)) if other.load.active() < one.load.active() => Some(other),
+        (Some(one), _) => Some(one),
+        (None, Some(other)) => Some(other),
+        (None, None) => next_in_turn(endpoints, past, random),
+    }
 }
 
 /// A number below `count`; `None` when there is none.
@@ -80,6 +88,8 @@ mod tests {
 
     const POLICIES: [LoadBalancing; 2] = [LoadBalancing::RoundRobin, LoadBalancing::LeastRequest];
 
+    const NOW: Duration = Duration::from_secs(100);
+
     fn endpoints(count: u16) -> Vec<Endpoint> {
         (0..count)
             .map(|port| Endpoint {
@@ -93,7 +103,7 @@ mod tests {
     #[test]
     fn none_of_none() {
         for policy in POLICIES {
-            assert!(pick(&[], policy, &[], 3, 3).is_none());
+            assert!(pick(&[], policy, &[], NOW, 3, 3).is_none());
         }
     }
 
@@ -103,7 +113,7 @@ mod tests {
         let ports: Vec<u16> = [0, 1, 2, 3, u64::MAX]
             .iter()
             .map(|&turn| {
-                pick(&all, LoadBalancing::RoundRobin, &[], turn, 9)
+                pick(&all, LoadBalancing::RoundRobin, &[], NOW, turn, 9)
                     .unwrap()
                     .address
                     .port()
@@ -121,8 +131,39 @@ mod tests {
             let tried: Vec<SocketAddr> = all.iter().map(|e| e.address).filter(|_| random.bool()).collect();
             let all_tried = tried.len() == all.len();
             for policy in POLICIES {
-                let picked = pick(&all, policy, &tried, random.u64(..), random.u64(..)).unwrap();
+                let picked = pick(&all, policy, &tried, NOW, random.u64(..), random.u64(..)).unwrap();
                 assert_eq!(tried.contains(&picked.address), all_tried);
+            }
+        }
+    }
+
+    /// Tried ones last, resting ones before those.
+    #[test]
+    fn resting_endpoints_are_avoided_while_others_are_left() {
+        let mut random = fastrand::Rng::with_seed(8);
+        for _ in 0..20_000 {
+            let all = endpoints(random.u16(1..6));
+            let tried: Vec<SocketAddr> = all
+                .iter()
+                .map(|e| e.address)
+                .filter(|_| random.u8(..) < 64)
+                .collect();
+            for endpoint in &all {
+                let until = [NOW - REST, NOW, NOW + REST][random.usize(..3)];
+                endpoint.load.rest(until);
+            }
+            let rank = |endpoint: &Endpoint| {
+                let rests = endpoint.load.rests(NOW);
+                if tried.contains(&endpoint.address) {
+                    2
+                } else {
+                    u8::from(rests)
+                }
+            };
+            let best = all.iter().map(rank).min().unwrap();
+            for policy in POLICIES {
+                let picked = pick(&all, policy, &tried, NOW, random.u64(..), random.u64(..)).unwrap();
+                assert_eq!(rank(picked), best);
             }
         }
     }
@@ -133,7 +174,7 @@ mod tests {
         let _busy = all[0].load.enter();
         let mut random = fastrand::Rng::with_seed(5);
         for _ in 0..100 {
-            let picked = pick(&all, LoadBalancing::LeastRequest, &[], 0, random.u64(..)).unwrap();
+            let picked = pick(&all, LoadBalancing::LeastRequest, &[], NOW, 0, random.u64(..)).unwrap();
             assert_eq!(picked.address.port(), 1);
         }
     }
@@ -144,7 +185,7 @@ mod tests {
         let mut random = fastrand::Rng::with_seed(6);
         let mut seen: HashMap<u16, u32> = HashMap::new();
         for _ in 0..40_000 {
-            let picked = pick(&all, LoadBalancing::LeastRequest, &[], 0, random.u64(..)).unwrap();
+            let picked = pick(&all, LoadBalancing::LeastRequest, &[], NOW, 0, random.u64(..)).unwrap();
             *seen.entry(picked.address.port()).or_default() += 1;
         }
         assert!(
@@ -154,7 +195,7 @@ mod tests {
 
         let _busiest = [all[2].load.enter(), all[2].load.enter()];
         for _ in 0..1_000 {
-            let picked = pick(&all, LoadBalancing::LeastRequest, &[], 0, random.u64(..)).unwrap();
+            let picked = pick(&all, LoadBalancing::LeastRequest, &[], NOW, 0, random.u64(..)).unwrap();
             assert_ne!(picked.address.port(), 2);
         }
     }

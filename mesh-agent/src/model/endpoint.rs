@@ -2,7 +2,8 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
 
 use super::Workload;
 
@@ -32,6 +33,8 @@ impl PartialEq for Endpoint {
 #[derive(Debug, Default)]
 pub struct Load {
     active: AtomicU32,
+    /// In milliseconds.
+    rests_until: AtomicU64,
 }
 
 impl Load {
@@ -40,11 +43,24 @@ impl Load {
         self.active.load(Ordering::Relaxed)
     }
 
+    /// Others are preferred until then: it could not be reached. Times are since one moment of the caller's.
+    pub fn rest(&self, until: Duration) {
+        self.rests_until.store(millis(until), Ordering::Relaxed);
+    }
+
+    pub fn rests(&self, now: Duration) -> bool {
+        millis(now) < self.rests_until.load(Ordering::Relaxed)
+    }
+
     /// Counts one request until the guard is dropped.
     pub fn enter(self: &Arc<Self>) -> InFlight {
         self.active.fetch_add(1, Ordering::Relaxed);
         InFlight(Arc::clone(self))
     }
+}
+
+fn millis(since: Duration) -> u64 {
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// One request in flight.

@@ -49,7 +49,9 @@ fn classify_http1(bytes: &[u8]) -> Option<Detected> {
         Some(end) => &bytes[..end],
         None => {
             let method = bytes.split(|byte| *byte == b' ').next().unwrap_or_default();
-            let plausible = method.len() <= MAX_METHOD && method.iter().all(|b| is_token(*b));
+            // No method in use has small letters: waiting for the rest of a line would only stall what is no HTTP.
+            let plausible =
+                method.len() <= MAX_METHOD && method.iter().all(|b| is_token(*b) && !b.is_ascii_lowercase());
             return (!plausible || bytes.len() >= MAX_SNIFF).then_some(Detected::Opaque);
         }
     };
@@ -180,6 +182,8 @@ mod tests {
             (b"PROPFIND /a b HTTP/1.1\r\n", Some(Http1)),
             (b"GET /\r\n", Some(Opaque)),
             (b"PING\r\n", Some(Opaque)),
+            (b"HELLO", None),
+            (b"hello", Some(Opaque)),
             (b"EHLO example.org\r\n", Some(Opaque)),
             (b"*1\r\n$4\r\nPING\r\n", Some(Opaque)),
             (b"SSH-2.0-OpenSSH_9.2\r\n", Some(Opaque)),

@@ -38,9 +38,11 @@ use tokio::net::TcpListener;
 
 pub use context::{Connection, Connections, Direction, Local, Locals, Usage};
 
+use crate::balance::REST;
 use crate::drain::DrainWatcher;
 use crate::identity::Identities;
 use crate::metrics::Metrics;
+use crate::model::Endpoint;
 use crate::retry::Budget;
 use crate::store::Store;
 use crate::telemetry::AccessLog;
@@ -159,6 +161,11 @@ impl Proxy {
     /// A number that goes up with each call, for taking turns.
     fn turn(&self) -> u64 {
         self.turns.fetch_add(1, std::sync::atomic::Ordering::Relaxed)
+    }
+
+    /// Leaves an endpoint alone for a moment: it could not be reached.
+    fn rest(&self, endpoint: &Endpoint) {
+        endpoint.load.rest(self.started.elapsed() + REST);
     }
 
     /// Takes one retry of the node's budget.

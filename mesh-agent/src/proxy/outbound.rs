@@ -250,7 +250,12 @@ impl Outbound {
                     let service = candidates.service.as_deref();
                     return Ok((stream, self.tcp_recorders(&snapshot, &way, endpoint, service)));
                 }
-                Err(error) => last = error,
+                Err(error) => {
+                    if matches!(error.kind, Kind::Connect | Kind::PeerIdentity) {
+                        self.proxy.rest(endpoint);
+                    }
+                    last = error;
+                }
             }
             tried.push(endpoint.address);
         }
@@ -262,7 +267,15 @@ impl Outbound {
             LoadBalancing::RoundRobin => self.proxy.turn(),
             LoadBalancing::LeastRequest => 0,
         };
-        balance::pick(&from.endpoints, from.balancing, tried, turn, fastrand::u64(..))
+        let now = self.proxy.started.elapsed();
+        balance::pick(
+            &from.endpoints,
+            from.balancing,
+            tried,
+            now,
+            turn,
+            fastrand::u64(..),
+        )
     }
 
     pub(super) fn from<'a>(&'a self, source: &'a Workload) -> upstream::From<'a> {

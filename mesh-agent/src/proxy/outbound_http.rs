@@ -184,6 +184,11 @@ impl Attempts<'_> {
                 Ok(response) => Failure::Status(response.status().as_u16()),
                 Err(error) => failure(error.kind),
             };
+            if let (Err(error), Some((endpoint, _))) = (&result, &tried.last)
+                && matches!(error.kind, Kind::Connect | Kind::PeerIdentity)
+            {
+                self.outbound.proxy.rest(endpoint);
+            }
             let replayable = replay.as_ref().is_none_or(Replayable::is_replayable);
             match retry::decide(failure, &method, tried.tries, replayable, &self.plan.retry) {
                 Decision::Retry if failure.is_harmless() || self.outbound.proxy.may_retry() => {}

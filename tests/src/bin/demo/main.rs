@@ -44,7 +44,7 @@ fn run() -> Result<bool> {
     };
     let mut mesh = Mesh::start(&options)?;
     let interrupt = Interrupt::clean_up(&mesh.run)?;
-    let outcome = show(&mut mesh, keep);
+    let outcome = show(&mut mesh, &options, keep);
     interrupt.check();
     if outcome.is_err() {
         for agent in &mesh.agents {
@@ -59,12 +59,12 @@ fn run() -> Result<bool> {
 }
 
 /// Shows everything; true when all of it was as it should be.
-fn show(mesh: &mut Mesh, keep: bool) -> Result<bool> {
+fn show(mesh: &mut Mesh, options: &Options, keep: bool) -> Result<bool> {
     let mut progress = Progress::default();
     let mut shop = progress.step("two nodes, five pods, no mesh yet", || Shop::open(mesh))?;
     let before = progress.step("traffic in clear", || scenes::before(mesh, &shop))?;
     progress.step("start an agent on each node; the pods go on as they are", || {
-        mesh.start_agents("info")?;
+        mesh.start_agents(options)?;
         shop.join(mesh)
     })?;
     let now = progress.step("the same traffic, through the agents", || {
