@@ -108,7 +108,7 @@ fn the_command_line_shows_tables_and_json() {
         let table = run(&["get", what]);
         assert!(table.contains(part), "{table}");
     }
-    let json: serde_json::Value = serde_json::from_str(&run(&["get", "workloads", "-o", "json"])).unwrap();
+    let json: Value = serde_json::from_str(&run(&["get", "workloads", "-o", "json"])).unwrap();
     assert!(json.as_array().is_some_and(|list| list.len() == 2), "{json}");
 }
 

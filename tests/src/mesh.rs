@@ -133,7 +133,10 @@ impl Mesh {
         Netns::delete(&name);
         meanwhile()?;
         let new = Netns::create(&name)?;
-        self.wire.attach(pod.spec.node, &new, &[pod.v4, pod.v6])?;
+        // The kernel takes the old one's link away in its own time.
+        until_ok("the old link to go", Duration::from_secs(5), || {
+            self.wire.attach(pod.spec.node, &new, &[pod.v4, pod.v6])
+        })?;
         // The old one would delete its successor.
         std::mem::forget(std::mem::replace(&mut pod.netns, new));
         Ok(())

@@ -161,14 +161,9 @@ impl Measured {
             route: None,
             attempts: 1,
         };
-        let tail = Tail::new(
-            self.exchange,
-            self.recorder,
-            proxy.access_log.clone(),
-            "destination",
-        )
-        .head(response.status(), response.headers(), flag)
-        .to(outcome);
+        let tail = Tail::new(self.exchange, self.recorder, proxy.access_log.clone(), "inbound")
+            .head(response.status(), response.headers(), flag)
+            .to(outcome);
         response.map(|body| body.measured(tail))
     }
 }
