@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use super::state::StateFile;
+use super::state::{Draft, StateFile};
 use crate::config::{AgentConfig, Compiler, File, Listed, Origin, list, read_text};
 use crate::model::{Rejected, Severity, Snapshot};
 
@@ -96,11 +96,14 @@ impl FileSource {
         changed
     }
 
-    /// Writes the state; a failure costs only the next start its safety net.
-    pub(super) fn save(&mut self) {
-        if let Err(error) = self.state.write(&self.paths, &self.compiler) {
-            tracing::warn!(%error, "the last good state cannot be written to stateDir");
-        }
+    /// The state to be written, if it is another than the last one.
+    pub(super) fn draft(&mut self) -> Option<Draft> {
+        self.state
+            .draft(&self.paths, &self.compiler)
+            .unwrap_or_else(|error| {
+                tracing::warn!(%error, "the state that is in force cannot be written down");
+                None
+            })
     }
 
     fn apply(&mut self, changes: Changes) {

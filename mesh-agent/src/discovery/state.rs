@@ -25,7 +25,7 @@ const MAX_BYTES: u64 = 1 << 30;
 pub(super) struct StateFile {
     directory: PathBuf,
     hasher: RandomState,
-    /// The hash of what was written last, to save the disk an equal write.
+    /// The hash of what was drafted last, to save the disk an equal write.
     written: Option<u64>,
 }
 
@@ -91,8 +91,8 @@ impl StateFile {
         }
     }
 
-    /// Writes what is in force: whole or not at all, whenever the machine stops.
-    pub(super) fn write(&mut self, paths: &[PathBuf], compiler: &Compiler) -> io::Result<()> {
+    /// What is in force, to be written; `None` when that is what was drafted last.
+    pub(super) fn draft(&mut self, paths: &[PathBuf], compiler: &Compiler) -> io::Result<Option<Draft>> {
         let files = compiler
             .files()
             .iter()
@@ -115,11 +115,28 @@ impl StateFile {
         let bytes = serde_json::to_vec(&out)?;
         let hash = self.hasher.hash_one(&bytes);
         if self.written == Some(hash) {
-            return Ok(());
+            return Ok(None);
         }
-        replace(&self.directory, &bytes)?;
         self.written = Some(hash);
-        Ok(())
+        let directory = self.directory.clone();
+        Ok(Some(Draft { directory, bytes }))
+    }
+}
+
+/// A state on its way to the disk.
+#[derive(Debug)]
+pub(super) struct Draft {
+    directory: PathBuf,
+    bytes: Vec<u8>,
+}
+
+impl Draft {
+    /// Writes it: whole or not at all, whenever the machine stops. A failure costs only the next start its safety
+    /// net.
+    pub(super) fn write(&self) {
+        if let Err(error) = replace(&self.directory, &self.bytes) {
+            tracing::warn!(%error, "the last good state cannot be written to stateDir");
+        }
     }
 }
 

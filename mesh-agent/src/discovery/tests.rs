@@ -249,7 +249,7 @@ fn the_last_good_state_outlives_the_agent() {
     world.write("one.yaml", &pod("one", 9));
     let vips = {
         let mut source = world.open();
-        source.save();
+        source.draft().unwrap().write();
         let services = source
             .snapshot()
             .services
@@ -280,7 +280,7 @@ fn the_last_good_state_outlives_the_agent() {
     fs::create_dir(world.path("pods")).unwrap();
     let mut source = world.open();
     assert_eq!(names(source.snapshot()), ["one"]);
-    source.save();
+    source.draft().unwrap().write();
     assert_eq!(names(world.open().snapshot()), ["one"]);
 }
 
@@ -300,7 +300,7 @@ fn a_state_that_cannot_be_used_is_left() {
     }
     world.write("pods/a.yaml", &[pod("a", 1), SERVICE.to_owned()].concat());
     let mut source = world.open();
-    source.save();
+    source.draft().unwrap().write();
     let state = world.state_file();
     assert_eq!(mode(&state), 0o600);
     // The bytes on disk are the whole truth.

@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -15,6 +15,7 @@ use notify::event::{AccessKind, AccessMode};
 use notify::{Event, EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 
 use super::scan::FileSource;
+use super::state::Draft;
 use crate::store::Store;
 
 /// Without an event in all that time the files are looked at anyway.
@@ -86,9 +87,11 @@ impl Drop for Watching {
 }
 
 fn run(mut source: FileSource, store: &Store, mut folders: Folders, wakes: &Wakes, stop: &AtomicBool) {
-    source.save();
+    let mut saver = Saver::start();
+    saver.save(source.draft());
     let mut again = true;
     loop {
+        saver.save(None);
         if !again && !wakes.wait() {
             return;
         }
@@ -98,10 +101,57 @@ fn run(mut source: FileSource, store: &Store, mut folders: Folders, wakes: &Wake
         folders.follow(&source);
         if source.scan() {
             store.publish(source.snapshot().clone());
-            source.save();
+            saver.save(source.draft());
         }
         // What is new to the watcher may have changed before it was watched.
         again = folders.follow(&source);
+    }
+}
+
+/// Writes states in a thread of its own: a disk may take seconds, for which no change must wait.
+struct Saver {
+    drafts: Option<SyncSender<Draft>>,
+    /// The newest one, while the thread is busy with others.
+    waiting: Option<Draft>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Saver {
+    fn start() -> Self {
+        let (drafts, queue) = sync_channel::<Draft>(1);
+        let thread = thread::Builder::new()
+            .name("state".to_owned())
+            .spawn(move || queue.iter().for_each(|draft| draft.write()))
+            .map_err(|error| tracing::warn!(%error, "the state is written at the end only"))
+            .ok();
+        Self {
+            drafts: thread.is_some().then_some(drafts),
+            waiting: None,
+            thread,
+        }
+    }
+
+    /// Hands the newest draft on, or the one that waits, as soon as there is room for it.
+    fn save(&mut self, newest: Option<Draft>) {
+        self.waiting = newest.or_else(|| self.waiting.take());
+        if let (Some(drafts), Some(draft)) = (&self.drafts, self.waiting.take()) {
+            self.waiting = drafts.try_send(draft).err().map(|error| match error {
+                TrySendError::Full(draft) | TrySendError::Disconnected(draft) => draft,
+            });
+        }
+    }
+}
+
+impl Drop for Saver {
+    fn drop(&mut self) {
+        self.drafts = None;
+        if let Some(thread) = self.thread.take() {
+            // A panic there was reported when it happened.
+            let _ = thread.join();
+        }
+        if let Some(draft) = &self.waiting {
+            draft.write();
+        }
     }
 }
 
