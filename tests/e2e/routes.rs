@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use mesh_tests::{Mesh, Options, Pod, PodSpec};
+use mesh_tests::{Mesh, Options, Pod, PodSpec, until_ok};
 use tokio::time::Instant;
 
 use crate::common::{http_server, seen, seen_header, wait_for, wait_until};
@@ -35,6 +35,12 @@ fn shop(route: &str) -> Shop {
                 metadata: {name: reviews, namespace: shop}\nspec:\n  \
                 parentRefs: [{group: '', kind: Service, name: reviews}]\n  rules:\n";
     mesh.apply("route", &format!("{head}{route}")).unwrap();
+    until_ok("the route", Duration::from_secs(5), || {
+        let routes = mesh.agents[0].get("/api/v1/routes")?;
+        anyhow::ensure!(routes.as_array().is_some_and(|list| !list.is_empty()));
+        Ok(())
+    })
+    .unwrap();
     // Every test's route sends this somewhere.
     wait_for(&client, "http://reviews/ready");
     Shop {
