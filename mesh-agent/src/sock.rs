@@ -6,8 +6,15 @@
 use std::fmt::Debug;
 use std::io;
 use std::net::SocketAddr;
+use std::time::Duration;
 
+use socket2::{SockRef, TcpKeepalive};
 use tokio::net::{TcpSocket, TcpStream};
+
+/// Long enough to cost idle connections nothing, short enough to notice a dead node within some minutes (with the
+/// kernel's nine probes).
+const KEEPALIVE_AFTER: Duration = Duration::from_secs(60);
+const KEEPALIVE_EVERY: Duration = Duration::from_secs(15);
 
 /// One enrolled workload's place in the kernel.
 pub trait Namespace: Debug + Send + Sync + 'static {
@@ -41,7 +48,7 @@ pub struct Egress {
 /// What [`Egress`] holds until the connect has ended.
 pub trait ExemptionGuard: Debug + Send + Sync {}
 
-/// Connects to `to` from inside the workload, with `TCP_NODELAY` set.
+/// Connects to `to` from inside the workload, [tuned](tune).
 pub async fn connect(
     namespace: &dyn Namespace,
     to: SocketAddr,
@@ -51,6 +58,16 @@ pub async fn connect(
     let connected = socket.connect(to).await;
     drop(exemption);
     let stream = connected?;
-    stream.set_nodelay(true)?;
+    tune(&stream)?;
     Ok(stream)
+}
+
+/// What every socket of the data path has: no delay for small writes, and an end when its peer is gone without a
+/// word.
+pub fn tune(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let keepalive = TcpKeepalive::new()
+        .with_time(KEEPALIVE_AFTER)
+        .with_interval(KEEPALIVE_EVERY);
+    SockRef::from(stream).set_tcp_keepalive(&keepalive)
 }

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use prometheus_client::registry::Registry;
 use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
@@ -40,6 +41,7 @@ const WORKLOADS: &str = "workloads";
 
 /// Runs the agent until it is told to stop. Call it on the control runtime; `data` is the data path's.
 pub async fn run(config: AgentConfig, log: LogHandle, data: Handle) -> anyhow::Result<()> {
+    raise_descriptor_limit();
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
     let identities = Identities::open_embedded(&config.ca_directory, &config.trust_domain)
@@ -107,6 +109,15 @@ pub async fn run(config: AgentConfig, log: LogHandle, data: Handle) -> anyhow::R
     watching.stop();
     access_log.flush(FLUSH_TIME);
     Ok(())
+}
+
+/// A connection takes several descriptors, and the soft limit is for programs that use select(2).
+fn raise_descriptor_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "cannot raise the limit of open files");
+    }
 }
 
 fn access_log(format: AccessLogFormat) -> anyhow::Result<AccessLog> {

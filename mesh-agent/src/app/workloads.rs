@@ -47,6 +47,8 @@ pub(super) struct Workloads {
     generation: Option<u64>,
     enrolled: BTreeMap<String, Enrolled>,
     failed: BTreeMap<String, Instant>,
+    /// What an earlier agent left is in order.
+    settled: bool,
     shown: Arc<Mutex<Enrolments>>,
 }
 
@@ -65,6 +67,7 @@ impl Workloads {
             generation: None,
             enrolled: BTreeMap::new(),
             failed: BTreeMap::new(),
+            settled: false,
             shown: Arc::default(),
         }
     }
@@ -79,11 +82,10 @@ impl Workloads {
     pub(super) async fn run(mut self, readiness: Readiness, ready: &'static str) {
         let mut changes = self.parts.store.watch();
         let mut drain = self.drain.clone();
-        let mut first = true;
         loop {
             // Entering namespaces and loading programs take their time: not on a runtime's thread.
             let pass = tokio::task::spawn_blocking(move || {
-                self.pass(first);
+                self.pass();
                 self
             });
             match pass.await {
@@ -94,7 +96,6 @@ impl Workloads {
                     return;
                 }
             }
-            first = false;
             readiness.holds(ready);
             tokio::select! {
                 // The store lives as long as `self`.
@@ -105,7 +106,7 @@ impl Workloads {
         }
     }
 
-    fn pass(&mut self, first: bool) {
+    fn pass(&mut self) {
         let changed = self.read();
         let mut moved = self.release_gone();
         for (uid, workload) in self.wanted.clone() {
@@ -117,7 +118,8 @@ impl Workloads {
                 moved |= self.take_in(&uid, &workload);
             }
         }
-        if first {
+        if !self.settled && self.is_settled() {
+            self.settled = true;
             self.forget_strangers();
         }
         if moved || changed {
@@ -200,6 +202,7 @@ impl Workloads {
 
     fn take_in(&mut self, uid: &str, workload: &Arc<Workload>) -> bool {
         let enrolled = place(workload).and_then(|place| {
+            self.check_unshared(&place)?;
             let request = EnrolRequest {
                 place,
                 addresses: workload.addresses.clone(),
@@ -240,6 +243,24 @@ impl Workloads {
         }
     }
 
+    /// Two documents that name one place would take each other's connections.
+    fn check_unshared(&self, place: &ebpf::Place) -> Result<(), (bool, String)> {
+        let Ok(identity) = PlaceIdentity::of(place) else {
+            return Ok(());
+        };
+        match self
+            .enrolled
+            .iter()
+            .find(|(_, other)| other.enrolment.identity() == identity)
+        {
+            Some((other, _)) => Err((
+                false,
+                format!("{other} runs there already; a place is for one workload"),
+            )),
+            None => Ok(()),
+        }
+    }
+
     /// Hands the listeners to the data path.
     fn serve(&self, local: &Arc<Local>, listeners: Listeners) {
         let (proxy, drain) = (&self.parts.proxy, &self.drain);
@@ -266,6 +287,15 @@ impl Workloads {
                 Err(error) => tracing::error!(%error, workload = %local.uid, "cannot serve its DNS"),
             }
         }
+    }
+
+    /// Whether every workload that is there is captured: one that could not be taken over yet must keep what an
+    /// earlier agent left it, or it would be unmeshed meanwhile.
+    fn is_settled(&self) -> bool {
+        self.wanted.iter().all(|(uid, workload)| {
+            self.enrolled.contains_key(uid)
+                || place(workload).map_or(true, |place| PlaceIdentity::of(&place).is_err())
+        })
     }
 
     /// Releases what an earlier agent captured and no document names.

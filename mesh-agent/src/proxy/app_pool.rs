@@ -17,6 +17,7 @@ use tokio::time::Instant;
 use super::body::{Body, Held};
 use super::error::{Error, Kind};
 use super::failure;
+use super::serve::MAX_HEAD;
 use super::stream::Stream;
 use crate::model::Identity;
 
@@ -50,7 +51,8 @@ pub(super) struct AppPool(Arc<Mutex<Connections>>);
 #[derive(Debug, Default)]
 struct Connections {
     idle: HashMap<AppKey, Vec<(http1::SendRequest<Body>, Instant)>>,
-    shared: HashMap<AppKey, http2::SendRequest<Body>>,
+    /// With the time of the last use.
+    shared: HashMap<AppKey, (http2::SendRequest<Body>, Instant)>,
 }
 
 /// An HTTP/1.1 connection in use.
@@ -117,9 +119,12 @@ impl AppPool {
         let shared = self
             .lock()
             .shared
-            .get(&key)
-            .filter(|sender| !sender.is_closed())
-            .cloned();
+            .get_mut(&key)
+            .filter(|(sender, _)| !sender.is_closed())
+            .map(|(sender, used)| {
+                *used = Instant::now();
+                sender.clone()
+            });
         if let Some(mut sender) = shared {
             match sender.try_send_request(request).await {
                 Ok(response) => return Ok(response.map(Body::incoming)),
@@ -133,13 +138,14 @@ impl AppPool {
             .timer(TokioTimer::new())
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_header_list_size(MAX_HEAD)
             .handshake(TokioIo::new(Box::pin(connect()).await?))
             .await
             .map_err(|cause| Error::new(Kind::Connect, cause))?;
         tokio::spawn(async move {
             let _ = connection.await;
         });
-        self.lock().shared.insert(key, sender.clone());
+        self.lock().shared.insert(key, (sender.clone(), Instant::now()));
         let response = sender.send_request(request).await.map_err(failure::of_http)?;
         Ok(response.map(Body::incoming))
     }
@@ -152,7 +158,10 @@ impl AppPool {
             idle.retain(|(sender, since)| !sender.is_closed() && now.duration_since(*since) < IDLE);
             !idle.is_empty()
         });
-        connections.shared.retain(|_, sender| !sender.is_closed());
+        // Streams that are still open go on without us.
+        connections
+            .shared
+            .retain(|_, (sender, used)| !sender.is_closed() && now.duration_since(*used) < IDLE);
     }
 
     /// Closes what leaves from a workload that is gone.

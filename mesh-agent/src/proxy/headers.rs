@@ -92,6 +92,7 @@ pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
     }
     headers.remove("keep-alive");
     headers.remove("proxy-connection");
+    headers.remove("http2-settings");
     headers.remove(header::TRANSFER_ENCODING);
     headers.remove(header::UPGRADE);
     headers.remove(header::TE);
@@ -115,9 +116,24 @@ pub(super) fn upgrade(parts: &request::Parts) -> Option<HeaderValue> {
                 .to_str()
                 .is_ok_and(|v| v.split(',').any(|t| t.trim().eq_ignore_ascii_case("upgrade")))
         });
-    // `h2c` is not an upgrade to pass on: a client that is answered 200 stays with HTTP/1.1 (RFC 9113, 3.1).
-    asks.then(|| parts.headers.get(header::UPGRADE).cloned())?
-        .filter(|to| !to.as_bytes().starts_with(b"h2c"))
+    if !asks {
+        return None;
+    }
+    let offers = parts
+        .headers
+        .get_all(header::UPGRADE)
+        .iter()
+        .filter_map(|value| value.to_str().ok());
+    let mut offers = offers
+        .flat_map(|value| value.split(','))
+        .map(str::trim)
+        .filter(|offer| !offer.is_empty());
+    // `h2c` is not an upgrade to pass on: what follows it would be routed by nobody. A client that is answered 200
+    // stays with HTTP/1.1 (RFC 9113, section 3.1).
+    let offer = offers.next()?;
+    let one = offers.next().is_none();
+    let h2c = offer.len() >= 3 && offer.as_bytes()[..3].eq_ignore_ascii_case(b"h2c");
+    (one && !h2c).then(|| HeaderValue::from_str(offer).ok())?
 }
 
 /// The form an HTTP/1.1 origin server reads: a path, and `Host`.

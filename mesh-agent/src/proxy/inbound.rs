@@ -332,10 +332,9 @@ impl Pipeline {
         };
         let opened = match protocol {
             Protocol::Http1 | Protocol::Http2 | Protocol::Grpc => {
-                match super::detect::sniff(&mut client)
-                    .await
-                    .unwrap_or(Detected::Opaque)
-                {
+                let sniffing = tokio::time::timeout(serve::HEAD_TIMEOUT, super::detect::sniff(&mut client));
+                let Ok(first) = sniffing.await else { return };
+                match first.unwrap_or(Detected::Opaque) {
                     Detected::Http2 => return self.http(client, true).await,
                     // What is not HTTP gets hyper's 400.
                     _ => return self.http(client, false).await,

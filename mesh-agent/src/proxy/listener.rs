@@ -13,6 +13,7 @@ use tokio::sync::Semaphore;
 
 use super::context::Local;
 use crate::drain::DrainWatcher;
+use crate::sock;
 
 /// Connections of one workload at a time, each way; about what one pod's ephemeral ports allow to one server.
 const MAX_CONNECTIONS: usize = 65_536;
@@ -61,7 +62,7 @@ pub(super) async fn accept<F>(
         let Ok(address) = stream.local_addr() else {
             continue;
         };
-        let _ = stream.set_nodelay(true);
+        let _ = sock::tune(&stream);
         let accepted = Accepted {
             stream,
             peer: canonical(peer),

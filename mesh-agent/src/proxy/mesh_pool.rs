@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -20,6 +20,7 @@ use tokio_rustls::TlsConnector;
 use super::body::Body;
 use super::error::{Error, Kind};
 use super::failure;
+use super::serve::MAX_HEAD;
 use super::{CONNECT_TIMEOUT, HBONE_PORT, TlsParts};
 use crate::model::Identity;
 use crate::sock::{self, Namespace};
@@ -58,6 +59,8 @@ struct Peer {
     connections: Mutex<Vec<Arc<Connection>>>,
     /// Held while connecting, so that a burst of first requests makes one connection.
     connecting: tokio::sync::Mutex<()>,
+    /// Connects that failed.
+    failures: AtomicU64,
 }
 
 struct Connection {
@@ -138,6 +141,26 @@ impl MeshPool {
         if let Some(lease) = peer.lease(STREAMS_PER_CONNECTION) {
             return Ok(lease);
         }
+        let failures = peer.failures.load(Ordering::Relaxed);
+        // Boxed, as all that is rare: the future of each request would else hold the room for a handshake.
+        let opening = Box::pin(self.open(&peer, key, namespace, failures));
+        let opened = tokio::time::timeout(CONNECT_TIMEOUT, opening).await;
+        let opened = opened.unwrap_or_else(|_| Err(Error::new(Kind::Connect, "mTLS connect timed out")));
+        opened.inspect_err(|error| {
+            peer.failures.fetch_add(1, Ordering::Relaxed);
+            self.count(key, error);
+        })
+    }
+
+    /// One of those that wait connects, and all have what comes of it: a peer that does not answer is not tried
+    /// again for each.
+    async fn open(
+        &self,
+        peer: &Peer,
+        key: &PeerKey,
+        namespace: &dyn Namespace,
+        failures: u64,
+    ) -> Result<StreamLease, Error> {
         let _connecting = peer.connecting.lock().await;
         let enough = lock(&peer.connections).len() >= CONNECTIONS_PER_PEER;
         let limit = if enough {
@@ -148,13 +171,13 @@ impl MeshPool {
         if let Some(lease) = peer.lease(limit) {
             return Ok(lease);
         }
-        // Boxed, as all that is rare: the future of each request would else hold the room for a handshake.
-        let connecting = Box::pin(self.connect(key, namespace));
-        let connection = tokio::time::timeout(CONNECT_TIMEOUT, connecting)
-            .await
-            .map_err(|_| Error::new(Kind::Connect, "mTLS connect timed out"))
-            .flatten();
-        let connection = connection.inspect_err(|error| self.count(key, error))?;
+        if peer.failures.load(Ordering::Relaxed) != failures {
+            return Err(Error::new(
+                Kind::Connect,
+                "another request just failed to connect",
+            ));
+        }
+        let connection = self.connect(key, namespace).await?;
         self.tls.metrics.agent().upstream_connects.inc();
         let lease = StreamLease(Arc::new(connection));
         lock(&peer.connections).push(Arc::clone(&lease.0));
@@ -215,6 +238,7 @@ impl MeshPool {
             .timer(TokioTimer::new())
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_header_list_size(MAX_HEAD)
             .keep_alive_interval(PING_EVERY)
             .keep_alive_timeout(PING_ANSWER)
             .handshake(TokioIo::new(stream))

@@ -113,7 +113,9 @@ impl Outbound {
         match protocol {
             Protocol::Tls | Protocol::Tcp => self.opaque(client, None).await,
             Protocol::Http1 | Protocol::Http2 | Protocol::Grpc => {
-                let http2 = matches!(detect::sniff(&mut client).await, Ok(Detected::Http2));
+                let sniffing = tokio::time::timeout(serve::HEAD_TIMEOUT, detect::sniff(&mut client));
+                let Ok(first) = sniffing.await else { return };
+                let http2 = matches!(first, Ok(Detected::Http2));
                 self.http(client, http2).await;
             }
             Protocol::Detect => {

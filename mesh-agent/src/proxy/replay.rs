@@ -141,7 +141,11 @@ impl Replay {
 
 impl Shared {
     fn keep(&mut self, data: &Bytes) {
-        self.kept_bytes = self.kept_bytes.saturating_add(data.len());
+        if data.is_empty() {
+            return;
+        }
+        // With what keeping it costs, or a body in pieces of one byte could cost many times the limit.
+        self.kept_bytes = self.kept_bytes.saturating_add(data.len() + size_of::<Bytes>());
         if self.overflowed || self.kept_bytes > REPLAY_LIMIT {
             self.overflowed = true;
             self.kept.clear();

@@ -1,7 +1,7 @@
 //! Responses that the agent makes itself.
 
 use http::header::{self, HeaderMap, HeaderValue};
-use http::{Response, StatusCode, request};
+use http::{Method, Response, StatusCode, request};
 
 use super::body::Body;
 use super::error::Error;
@@ -11,6 +11,8 @@ use super::failure;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Audience {
     Http,
+    /// A response to HEAD has no body.
+    Head,
     /// gRPC clients read a status from a header-only response (gRPC over HTTP/2, "Trailers-Only").
     Grpc,
 }
@@ -19,6 +21,8 @@ impl Audience {
     pub(super) fn of(parts: &request::Parts) -> Self {
         if is_grpc(&parts.headers) {
             Self::Grpc
+        } else if parts.method == Method::HEAD {
+            Self::Head
         } else {
             Self::Http
         }
@@ -35,6 +39,11 @@ pub(super) fn is_grpc(headers: &HeaderMap) -> bool {
 pub(super) fn error(error: &Error, audience: Audience) -> Response<Body> {
     let (status, _) = error.answer();
     let mut response = match audience {
+        Audience::Head => {
+            let mut response = Response::new(Body::default());
+            *response.status_mut() = status;
+            response
+        }
         Audience::Http => {
             // The cause may name addresses; the client gets the kind only.
             let mut response = Response::new(Body::full(Error::from(error.kind).to_string()));

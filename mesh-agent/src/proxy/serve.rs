@@ -20,11 +20,11 @@ use super::mesh_pool::{CONNECTION_WINDOW, STREAM_WINDOW};
 use crate::drain::DrainWatcher;
 
 /// Bytes of a message's head (Envoy's default is 60 KiB).
-const MAX_HEAD: usize = 64 * 1024;
+pub(super) const MAX_HEAD: u32 = 64 * 1024;
 /// Fields in a message's head (Envoy's default).
 const MAX_FIELDS: usize = 100;
 /// How long a client may take over a request's head, or leave a kept-alive connection unused.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(300);
+pub(super) const HEAD_TIMEOUT: Duration = Duration::from_secs(300);
 /// Streams that one HTTP/2 client may have open.
 const MAX_STREAMS: u32 = 1024;
 /// Streams that a client reset before we looked at them (CVE-2023-44487).
@@ -43,7 +43,7 @@ where
         .timer(TokioTimer::new())
         .half_close(true)
         .header_read_timeout(HEAD_TIMEOUT)
-        .max_buf_size(MAX_HEAD)
+        .max_buf_size(MAX_HEAD as usize)
         .max_headers(MAX_FIELDS)
         .serve_connection(
             TokioIo::new(io),
@@ -80,7 +80,7 @@ pub(super) async fn http2<I, F>(
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_concurrent_streams(MAX_STREAMS)
-        .max_header_list_size(u32::try_from(MAX_HEAD).unwrap_or(u32::MAX))
+        .max_header_list_size(MAX_HEAD)
         .max_pending_accept_reset_streams(MAX_PENDING_RESETS)
         .max_local_error_reset_streams(MAX_OUR_RESETS)
         .keep_alive_interval(PING_EVERY)

@@ -6,7 +6,9 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use http::header::{CONTENT_LENGTH, TRANSFER_ENCODING};
 use http::{HeaderValue, Method, Request, Response, Uri, Version};
+use http_body::Body as _;
 
 use super::app_pool::AppKey;
 use super::body::{Body, Held};
@@ -41,7 +43,14 @@ impl Way {
         if workload.mtls.mode(endpoint.address.port()) == MtlsMode::Disable {
             return Self::Clear;
         }
-        if let Some(local) = proxy.locals.get(endpoint.address.ip()) {
+        // Who is at the address may have changed a moment ago: then it is asked, over mTLS, who it is.
+        let is_it = |local: &Arc<Local>| {
+            let there = local.workload();
+            there.name == workload.name
+                && there.namespace == workload.namespace
+                && there.identity == workload.identity
+        };
+        if let Some(local) = proxy.locals.get(endpoint.address.ip()).filter(is_it) {
             return Self::Local(local);
         }
         Self::Mesh(Box::new(PeerKey {
@@ -229,6 +238,15 @@ pub(super) async fn send_app(
             .await?
     } else {
         headers::origin_form(&mut parts);
+        if !body.is_end_stream()
+            && body.size_hint().exact().is_none()
+            && !parts.headers.contains_key(CONTENT_LENGTH)
+        {
+            // hyper would take a GET of unknown length for one without a body.
+            parts
+                .headers
+                .insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+        }
         proxy
             .apps
             .send_http1(key, Request::from_parts(parts, body), connect)
