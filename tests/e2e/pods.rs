@@ -148,8 +148,17 @@ fn the_last_good_state_is_used_when_the_files_cannot_be_read() {
     let mut web = web();
     let resources = web.mesh.run.dir().join("resources");
     let away = web.mesh.run.dir().join("away");
-    // All that the agent knows is on its disk before it is killed.
-    std::thread::sleep(ONE_SECOND);
+    let state = web.mesh.run.dir().join("state/node-a/resources.json");
+    until(
+        "all that the agent knows to be on its disk",
+        Duration::from_secs(10),
+        || {
+            let saved = fs::read_to_string(&state).ok()?;
+            // The last thing that was announced.
+            saved.contains(web.client.netns.name()).then_some(())
+        },
+    )
+    .unwrap();
     web.mesh.agents[0].kill();
     fs::rename(&resources, &away).unwrap();
     web.mesh.agents[0].start(&web.mesh.run).unwrap();

@@ -4,6 +4,7 @@ use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -50,8 +51,9 @@ pub struct Mesh {
     /// The last address given out on each node.
     last: [u8; 2],
     peer: PathBuf,
-    /// Dropped last.
     pub run: Run,
+    /// Given back when all else is gone.
+    _slot: Slot,
 }
 
 impl Mesh {
@@ -61,6 +63,7 @@ impl Mesh {
             .name
             .clone()
             .unwrap_or_else(|| format!("t{}n{}", std::process::id(), RUNS.fetch_add(1, Ordering::Relaxed)));
+        let slot = Slot::take();
         let run = Run::start(&name)?;
         fs::create_dir(run.dir().join("resources"))?;
         let wire = Wire::new(&run)?;
@@ -70,6 +73,7 @@ impl Mesh {
             last: [0; 2],
             peer: program("mesh-peer", "MESH_PEER_BIN")?,
             run,
+            _slot: slot,
         };
         if options.agents {
             mesh.start_agents(options)?;
@@ -214,6 +218,36 @@ impl Mesh {
 
     fn resource(&self, name: &str) -> PathBuf {
         self.run.dir().join("resources").join(format!("{name}.yaml"))
+    }
+}
+
+/// One of the meshes that may run at the same time in this process: a cgroup takes 64 programs of a kind, and each
+/// agent attaches one.
+#[derive(Debug)]
+struct Slot;
+
+/// How many meshes run, and who waits for one to end.
+static RUNNING: (Mutex<usize>, Condvar) = (Mutex::new(0), Condvar::new());
+
+impl Slot {
+    const MOST: usize = 8;
+
+    fn take() -> Self {
+        let (count, ended) = &RUNNING;
+        let count = count.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut count = ended
+            .wait_while(count, |running| *running >= Self::MOST)
+            .unwrap_or_else(PoisonError::into_inner);
+        *count += 1;
+        Self
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        let (count, ended) = &RUNNING;
+        *count.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        ended.notify_one();
     }
 }
 

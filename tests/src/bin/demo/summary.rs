@@ -38,7 +38,7 @@ pub(crate) fn print(mesh: &Mesh, shop: &Shop, found: &Findings) -> Result<bool> 
     page.title("Look inside");
     for agent in &mesh.agents {
         page.line(&format!(
-            "{}: http://{}/api/v1/status   metrics: http://{}/metrics",
+            "{}: http://{}/   metrics: http://{}/metrics",
             agent.node, agent.admin, agent.metrics
         ));
     }
@@ -65,8 +65,10 @@ pub(crate) fn print_commands(mesh: &Mesh) -> Result<()> {
         resources.join("shop.yaml").display()
     ));
     for agent in &mesh.agents {
+        let program = agent.command();
+        let program = program.get_program().display();
         page.line(&format!(
-            "curl -s http://{}/api/v1/workloads    ({})",
+            "{program} get workloads --admin {}    ({})",
             agent.admin, agent.node
         ));
     }
