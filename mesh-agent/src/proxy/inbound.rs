@@ -99,6 +99,17 @@ pub(super) fn tcp_recorder(
     caller: &Caller,
     to: SocketAddr,
 ) -> TcpRecorder {
+    with_peers(snapshot, dest, caller, to, |peers| proxy.metrics().tcp(peers))
+}
+
+/// Tells `record` who talks to whom, as the server's side reports it.
+pub(super) fn with_peers<R>(
+    snapshot: &Snapshot,
+    dest: &Local,
+    caller: &Caller,
+    to: SocketAddr,
+    record: impl FnOnce(&Peers<'_>) -> R,
+) -> R {
     let workload = dest.workload();
     let source = snapshot
         .workloads_by_address
@@ -107,7 +118,7 @@ pub(super) fn tcp_recorder(
         .target_services
         .get(&to)
         .and_then(|key| snapshot.services.get(key));
-    proxy.metrics().tcp(&Peers {
+    record(&Peers {
         reporter: Reporter::Destination,
         source: source.map(|source| &**source),
         source_identity: caller.identity.as_ref(),

@@ -16,8 +16,8 @@ use super::inbound::{self, Caller};
 use super::record::{Exchange, LogLine, Outcome, Tail};
 use super::recorders::Exchanging;
 use super::{Proxy, headers, reply, upgrade, upstream};
-use crate::metrics::{Flag, HttpRecorder, Peers, Reporter, Security};
-use crate::model::{Identity, Protocol, Snapshot};
+use crate::metrics::{Flag, HttpRecorder};
+use crate::model::{Identity, Protocol};
 use crate::route;
 
 /// A request that arrived on a stream of its own: by a clear-text client, or through a tunnel.
@@ -120,7 +120,7 @@ impl Measured {
             other: Some(to),
         };
         let recorder = caller.recorders.get(snapshot.generation, key, || {
-            recorder(proxy, &snapshot, dest, caller, to)
+            inbound::with_peers(&snapshot, dest, caller, to, |peers| proxy.metrics().http(peers))
         });
         let line = proxy.access_log.enabled().then(|| {
             let source = snapshot
@@ -166,36 +166,6 @@ impl Measured {
             .to(outcome);
         response.map(|body| body.measured(tail))
     }
-}
-
-fn recorder(
-    proxy: &Proxy,
-    snapshot: &Snapshot,
-    dest: &Local,
-    caller: &Caller,
-    to: SocketAddr,
-) -> Arc<HttpRecorder> {
-    let workload = dest.workload();
-    let source = snapshot
-        .workloads_by_address
-        .get(&caller.client.ip().to_canonical());
-    let service = snapshot
-        .target_services
-        .get(&to)
-        .and_then(|key| snapshot.services.get(key));
-    proxy.metrics().http(&Peers {
-        reporter: Reporter::Destination,
-        source: source.map(|source| &**source),
-        source_identity: caller.identity.as_ref(),
-        destination: Some(&workload),
-        destination_identity: caller.identity.is_some().then_some(&workload.identity),
-        service: service.map(|service| &**service),
-        security: if caller.identity.is_some() {
-            Security::MutualTls
-        } else {
-            Security::None
-        },
-    })
 }
 
 /// What the access log says of a request's head.
