@@ -8,6 +8,7 @@
     reason = "a test fails by panicking, in its helpers too"
 )]
 
+mod cancel;
 mod common;
 mod dns;
 mod fixture;

@@ -16,7 +16,7 @@ use super::inbound::{self, Caller};
 use super::record::{Exchange, LogLine, Outcome, Tail};
 use super::recorders::Exchanging;
 use super::{Proxy, headers, reply, upgrade, upstream};
-use crate::metrics::{Flag, HttpRecorder};
+use crate::metrics::Flag;
 use crate::model::{Identity, Protocol};
 use crate::route;
 
@@ -34,7 +34,7 @@ pub(super) async fn accept(
     let http2 = speaks_http2(proxy.store.load().target_protocol(to), &parts);
     let fit = headers::from_application(&mut parts, to).and_then(|()| canonical(&mut parts));
     if let Err(error) = fit {
-        return reply::error(&error, audience);
+        return Measured::begin(proxy, dest, caller, to, &parts).end(to, Err(error), audience);
     }
     match switch {
         Some(protocol) => Box::pin(upgrade::inbound(proxy, dest, caller, to, (parts, body, protocol))).await,
@@ -89,21 +89,16 @@ pub(super) async fn deliver(
                 to,
                 tunnel: None,
             };
-            let request = Request::from_parts(parts, body.counted(Arc::clone(&measured.exchange)));
+            let request = Request::from_parts(parts, body.counted(measured.exchange()));
             let connect = async || inbound::connect_app(dest, to, caller.client).await;
             upstream::send_app(proxy, key, (request, http2), connect).await
         }
     };
-    measured.end(proxy, to, sent, audience)
+    measured.end(to, sent, audience)
 }
 
-/// One exchange as this side sees it.
-pub(super) struct Measured {
-    pub(super) exchange: Arc<Exchange>,
-    recorder: Arc<HttpRecorder>,
-    destination: Arc<str>,
-    identity: Option<Identity>,
-}
+/// One exchange as this side sees it. Dropped before its end, it is recorded as given up.
+pub(super) struct Measured(Box<Tail>);
 
 impl Measured {
     pub(super) fn begin(
@@ -129,41 +124,40 @@ impl Measured {
             let source = source.map(|source| source.uid().into());
             log_line(parts, caller.client, source, caller.identity.clone())
         });
-        Self {
-            exchange: Exchange::begin(line),
-            recorder,
-            destination: Arc::clone(&dest.uid),
-            identity: caller
-                .identity
-                .is_some()
-                .then(|| dest.workload().identity.clone()),
-        }
+        let identity = caller.identity.as_ref();
+        let outcome = Outcome {
+            upstream: None,
+            destination: Some(Arc::clone(&dest.uid)),
+            identity: identity.map(|_| dest.workload().identity.clone()),
+            route: None,
+            attempts: 1,
+        };
+        let log = proxy.access_log.clone();
+        Self(Tail::new(Exchange::begin(line), recorder, log, "inbound").to(outcome))
+    }
+
+    pub(super) fn exchange(&self) -> Arc<Exchange> {
+        Arc::clone(self.0.exchange())
     }
 
     pub(super) fn end(
         self,
-        proxy: &Proxy,
         to: SocketAddr,
         sent: Result<Response<Body>, Error>,
         audience: reply::Audience,
     ) -> Response<Body> {
-        let (response, flag, upstream) = match sent {
-            Ok(response) => (response, Flag::None, Some(to)),
+        let mut tail = self.0;
+        let (response, flag) = match sent {
+            Ok(response) => {
+                tail.answered_by(to);
+                (response, Flag::None)
+            }
             Err(error) => {
-                tracing::debug!(%error, workload = %self.destination, %to, "cannot deliver a request");
-                (reply::error(&error, audience), error.answer().1, None)
+                tracing::debug!(%error, %to, "cannot deliver a request");
+                (reply::error(&error, audience), error.answer().1)
             }
         };
-        let outcome = Outcome {
-            upstream,
-            destination: Some(self.destination),
-            identity: self.identity,
-            route: None,
-            attempts: 1,
-        };
-        let tail = Tail::new(self.exchange, self.recorder, proxy.access_log.clone(), "inbound")
-            .head(response.status(), response.headers(), flag)
-            .to(outcome);
+        let tail = tail.head(response.status(), response.headers(), flag);
         response.map(|body| body.measured(tail))
     }
 }

@@ -1,7 +1,8 @@
 //! One request on its way out: route, then try endpoints until one answers, then pass the answer on.
 //!
-//! Invariants: a request takes one snapshot and keeps it; every request is recorded once, whatever becomes of it;
-//! a body is sent again only from the replay buffer, and only while all of it is there.
+//! Invariants: a request takes one snapshot and keeps it; every request is recorded once, whatever becomes of it,
+//! also when its client goes away before there is an answer; a body is sent again only from the replay buffer, and
+//! only while all of it is there.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -22,7 +23,7 @@ use super::upstream::Way;
 use super::{headers, inbound_http, reply, upgrade};
 use crate::metrics::{Flag, HttpRecorder, Peers, Reporter, Security};
 use crate::model::{
-    Backend, Endpoint, HeaderEdits, InFlight, RetryPolicy, RouteRule, Snapshot, Timeouts, Workload,
+    Backend, Endpoint, HeaderEdits, InFlight, RetryPolicy, RouteRule, Service, Snapshot, Timeouts, Workload,
 };
 use crate::retry::{self, Decision, Failure};
 use crate::route;
@@ -39,11 +40,18 @@ pub(super) async fn handle(outbound: Arc<Outbound>, request: Request<Incoming>) 
             Some(source.identity.clone()),
         )
     });
-    let exchange = Exchange::begin(line);
     outbound.proxy.retries.deposit();
     let snapshot = outbound.proxy.store.load();
     let source = outbound.local.workload();
-    let mut tried = Tried::default();
+    let mut asked = Asked {
+        outbound: &outbound,
+        snapshot: &snapshot,
+        source: &source,
+        exchange: Exchange::begin(line),
+        tried: Tried::default(),
+        finished: false,
+    };
+    let (exchange, tried) = (&asked.exchange, &mut asked.tried);
     let sent = async {
         let switch = headers::upgrade(&parts);
         headers::from_application(&mut parts, outbound.original)?;
@@ -51,7 +59,8 @@ pub(super) async fn handle(outbound: Arc<Outbound>, request: Request<Incoming>) 
         if parts.method == http::Method::CONNECT {
             return Err(Error::new(Kind::BadRequest, "CONNECT is not for a service"));
         }
-        let plan = Plan::make(&outbound, &snapshot, &source, &mut parts)?;
+        let mut plan = Plan::make(&outbound, &snapshot, &source, &mut parts)?;
+        tried.service = plan.candidates.service.take();
         tried.route = plan.rule.map(|rule| Arc::clone(&rule.name));
         tried.deadline = plan.timeouts.request.map(|limit| exchange.started + limit);
         let attempts = Attempts {
@@ -59,13 +68,14 @@ pub(super) async fn handle(outbound: Arc<Outbound>, request: Request<Incoming>) 
             source: &source,
             plan: &plan,
         };
+        let deadline = tried.deadline;
         let answering = async {
             match switch {
-                Some(protocol) => Box::pin(attempts.switch((parts, body, protocol), &mut tried)).await,
-                None => attempts.run(parts, body, &exchange, &mut tried).await,
+                Some(protocol) => Box::pin(attempts.switch((parts, body, protocol), tried)).await,
+                None => attempts.run(parts, body, exchange, tried).await,
             }
         };
-        let answered = match plan.timeouts.request.map(|limit| exchange.started + limit) {
+        let answered = match deadline {
             None => answering.await,
             Some(deadline) => tokio::time::timeout_at(deadline, answering)
                 .await
@@ -73,11 +83,11 @@ pub(super) async fn handle(outbound: Arc<Outbound>, request: Request<Incoming>) 
         };
         answered.map(|mut response| {
             plan.edit_response(response.headers_mut());
-            (response, plan.candidates)
+            response
         })
     };
     let sent = sent.await;
-    finish(&outbound, (&snapshot, &source), exchange, (sent, tried), audience)
+    asked.finish(sent, audience)
 }
 
 /// What was decided for a request before the first try.
@@ -150,6 +160,8 @@ struct Tried {
     addresses: Vec<SocketAddr>,
     tries: u32,
     last: Option<(Endpoint, Security)>,
+    /// Whose endpoints are tried.
+    service: Option<Arc<Service>>,
     in_flight: Option<InFlight>,
     route: Option<Arc<str>>,
     deadline: Option<Instant>,
@@ -199,6 +211,7 @@ impl Attempts<'_> {
                 Decision::Retry | Decision::Stop => return result,
             }
             drop(result);
+            tried.in_flight = None;
             self.outbound.proxy.metrics().agent().retries.inc();
             let wait = retry::backoff(self.plan.retry.backoff, tried.tries, fastrand::u64(..));
             // Another endpoint can be asked at once; the same one gets time to recover.
@@ -273,100 +286,102 @@ fn failure(kind: Kind) -> Failure {
     }
 }
 
-type Sent<'a> = Result<(Response<Body>, Candidates), Error>;
-
-/// Turns what came of a request into the client's answer, measured to its end.
-fn finish(
-    outbound: &Outbound,
-    (snapshot, source): (&Snapshot, &Workload),
+/// A request under way.
+struct Asked<'a> {
+    outbound: &'a Outbound,
+    snapshot: &'a Snapshot,
+    source: &'a Workload,
     exchange: Arc<Exchange>,
-    (sent, tried): (Sent<'_>, Tried),
-    audience: reply::Audience,
-) -> Response<Body> {
-    let answered = sent.is_ok();
-    let (mut response, candidates, flag) = match sent {
-        Ok((response, candidates)) => {
-            let flag = if tried.exhausted {
-                Flag::RetryLimit
-            } else {
-                Flag::None
-            };
-            (response, candidates, flag)
-        }
-        Err(error) => {
-            tracing::debug!(%error, workload = %outbound.local.uid, to = %outbound.original, "request failed");
-            let flag = if tried.exhausted {
-                Flag::RetryLimit
-            } else {
-                error.answer().1
-            };
-            (
-                reply::error(&error, audience),
-                outbound.candidates(snapshot),
-                flag,
-            )
-        }
-    };
-    response.headers_mut().remove(super::failure::FAILURE);
-    let recorder = recorder(outbound, (snapshot, source), &candidates, tried.last.as_ref());
-    let destination = tried
-        .last
-        .as_ref()
-        .and_then(|(endpoint, _)| endpoint.workload.as_ref());
-    let outcome = Outcome {
-        upstream: tried.last.as_ref().map(|(endpoint, _)| endpoint.address),
-        destination: destination
-            .filter(|_| exchange.line.is_some())
-            .map(|workload| workload.uid().into()),
-        identity: tried
-            .last
-            .as_ref()
-            .filter(|(_, security)| exchange.line.is_some() && *security == Security::MutualTls)
-            .and_then(|(endpoint, _)| {
-                endpoint
-                    .workload
-                    .as_ref()
-                    .map(|workload| workload.identity.clone())
-            }),
-        route: tried.route,
-        attempts: tried.tries,
-    };
-    let tail = Tail::new(exchange, recorder, outbound.proxy.access_log.clone(), "outbound")
-        .head(response.status(), response.headers(), flag)
-        .to(outcome)
-        .counting(tried.in_flight)
-        .until(
-            tried
-                .deadline
-                .filter(|_| answered && response.status() != StatusCode::SWITCHING_PROTOCOLS),
-        );
-    response.map(|body| body.measured(tail))
+    tried: Tried,
+    finished: bool,
 }
 
-fn recorder(
-    outbound: &Outbound,
-    (snapshot, source): (&Snapshot, &Workload),
-    candidates: &Candidates,
-    last: Option<&(Endpoint, Security)>,
-) -> Arc<HttpRecorder> {
-    let service = candidates.service.as_deref();
-    let key = Exchanging {
-        inbound: false,
-        one: outbound.original,
-        other: last.map(|(endpoint, _)| endpoint.address),
-    };
-    outbound.recorders.get(snapshot.generation, key, || {
-        outbound.proxy.metrics().http(&match last {
-            Some((endpoint, security)) => peers(source, endpoint, service, *security),
-            None => Peers {
-                reporter: Reporter::Source,
-                source: Some(source),
-                source_identity: None,
-                destination: None,
-                destination_identity: None,
-                service,
-                security: Security::Unknown,
-            },
+impl Asked<'_> {
+    /// Turns what came of a request into the client's answer, measured to its end.
+    fn finish(mut self, sent: Result<Response<Body>, Error>, audience: reply::Audience) -> Response<Body> {
+        let (mut response, flag, deadline) = match sent {
+            Ok(response) => {
+                let switched = response.status() == StatusCode::SWITCHING_PROTOCOLS;
+                let deadline = self.tried.deadline.filter(|_| !switched);
+                (response, Flag::None, deadline)
+            }
+            Err(error) => {
+                let (workload, to) = (&self.outbound.local.uid, self.outbound.original);
+                tracing::debug!(%error, %workload, %to, "request failed");
+                (reply::error(&error, audience), error.answer().1, None)
+            }
+        };
+        let flag = if self.tried.exhausted {
+            Flag::RetryLimit
+        } else {
+            flag
+        };
+        response.headers_mut().remove(super::failure::FAILURE);
+        let tail = self
+            .tail()
+            .head(response.status(), response.headers(), flag)
+            .until(deadline);
+        response.map(|body| body.measured(tail))
+    }
+
+    /// Measures from here on; called once.
+    fn tail(&mut self) -> Box<Tail> {
+        self.finished = true;
+        let recorder = self.recorder();
+        let tried = std::mem::take(&mut self.tried);
+        let logged = self.exchange.line.is_some();
+        let workload = |(endpoint, _): &(Endpoint, Security)| endpoint.workload.clone().filter(|_| logged);
+        let (last, log) = (tried.last.as_ref(), self.outbound.proxy.access_log.clone());
+        let outcome = Outcome {
+            upstream: last.map(|(endpoint, _)| endpoint.address),
+            destination: last.and_then(workload).map(|workload| workload.uid().into()),
+            identity: last
+                .filter(|(_, security)| *security == Security::MutualTls)
+                .and_then(workload)
+                .map(|workload| workload.identity.clone()),
+            route: tried.route,
+            attempts: tried.tries,
+        };
+        Tail::new(Arc::clone(&self.exchange), recorder, log, "outbound")
+            .to(outcome)
+            .counting(tried.in_flight)
+    }
+
+    fn recorder(&self) -> Arc<HttpRecorder> {
+        let last = self.tried.last.as_ref();
+        // Where nothing was tried, the service that was dialled.
+        let dialled = match last {
+            Some(_) => None,
+            None => self.outbound.candidates(self.snapshot).service,
+        };
+        let service = self.tried.service.as_deref().or(dialled.as_deref());
+        let key = Exchanging {
+            inbound: false,
+            one: self.outbound.original,
+            other: last.map(|(endpoint, _)| endpoint.address),
+        };
+        self.outbound.recorders.get(self.snapshot.generation, key, || {
+            self.outbound.proxy.metrics().http(&match last {
+                Some((endpoint, security)) => peers(self.source, endpoint, service, *security),
+                None => Peers {
+                    reporter: Reporter::Source,
+                    source: Some(self.source),
+                    source_identity: None,
+                    destination: None,
+                    destination_identity: None,
+                    service,
+                    security: Security::Unknown,
+                },
+            })
         })
-    })
+    }
+}
+
+impl Drop for Asked<'_> {
+    /// The client went away while there was no answer.
+    fn drop(&mut self) {
+        if !self.finished {
+            drop(self.tail());
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! The measuring of one request, from its head to the end of its response.
 //!
 //! Invariant: each exchange is recorded exactly once by each side that handles it: at the response's end, when
-//! it breaks, or when it is dropped.
+//! it breaks, or when it is dropped, be it before there is a response: then as Envoy does, with status 0 and `DC`.
 
 use std::fmt::Display;
 use std::future::Future;
@@ -64,13 +64,14 @@ pub(super) struct Outcome {
     pub(super) attempts: u32,
 }
 
-/// Watches a response until it ends.
+/// Watches an exchange until it ends.
 pub(super) struct Tail {
     exchange: Arc<Exchange>,
     recorder: Arc<HttpRecorder>,
     log: AccessLog,
     direction: &'static str,
-    status: StatusCode,
+    /// 0 until there is a response.
+    status: u16,
     flag: Flag,
     grpc_status: Option<u16>,
     bytes: u64,
@@ -101,8 +102,8 @@ impl Tail {
             recorder,
             log,
             direction,
-            status: StatusCode::OK,
-            flag: Flag::None,
+            status: 0,
+            flag: Flag::DownstreamReset,
             grpc_status: None,
             bytes: 0,
             outcome: Outcome::default(),
@@ -118,15 +119,23 @@ impl Tail {
         headers: &HeaderMap,
         flag: Flag,
     ) -> Box<Self> {
-        self.status = status;
+        self.status = status.as_u16();
         self.flag = flag;
         self.grpc_status = grpc_status(headers);
         self
     }
 
+    pub(super) fn exchange(&self) -> &Arc<Exchange> {
+        &self.exchange
+    }
+
     pub(super) fn to(mut self: Box<Self>, outcome: Outcome) -> Box<Self> {
         self.outcome = outcome;
         self
+    }
+
+    pub(super) fn answered_by(&mut self, upstream: SocketAddr) {
+        self.outcome.upstream = Some(upstream);
     }
 
     /// The response's end counts the endpoint's load down.
@@ -175,7 +184,7 @@ impl Tail {
         self.in_flight = None;
         let duration = self.exchange.started.elapsed();
         let outcome = HttpOutcome {
-            status: self.status.as_u16(),
+            status: self.status,
             flag: self.flag,
             grpc_status: self.grpc_status,
             duration,

@@ -40,7 +40,7 @@ pub(super) async fn inbound(
         switch(stream, (parts, body, protocol), Arc::clone(dest)).await
     };
     let sent = sent.await;
-    measured.end(proxy, to, sent, audience)
+    measured.end(to, sent, audience)
 }
 
 /// Sends the request over `stream`; after a 101 the bytes of both sides are copied until both end.
