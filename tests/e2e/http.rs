@@ -189,6 +189,20 @@ fn trailers_interim_answers_and_upgrades() {
         reader.read_exact(&mut echoed).unwrap();
         assert_eq!(echoed, message);
     }
+    // What goes on after a switch is still seen, and ends with its workload.
+    for agent in &web.mesh.agents {
+        let page = agent.get("/api/v1/connections").unwrap();
+        let moved = page
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter(|one| one["protocol"] == "http1" && one["bytesReceived"].as_u64() >= Some(16));
+        assert_eq!(moved.count(), 1, "{}: {page}", agent.node);
+    }
+    web.mesh.withdraw(&web.server).unwrap();
+    let end = reader.read(&mut [0]);
+    let kind = end.as_ref().err().map(std::io::Error::kind);
+    assert_eq!(kind, Some(std::io::ErrorKind::ConnectionReset), "{end:?}");
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Everything that is not HTTP.
 
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::process::Stdio;
 use std::thread;
 use std::time::Duration;
@@ -98,18 +98,65 @@ fn a_reader_that_stops_holds_the_writer_back() {
     assert!(written < most, "{written} MiB were taken though nobody read");
 }
 
-#[test]
-fn a_reset_is_passed_on() {
-    let (_mesh, client, mut peer) = tcp();
-    let mut stream = connect(&client, address(ECHO, 7));
-    stream.write_all(b"x").unwrap();
-    stream.read_exact(&mut [0]).unwrap();
-    peer.kill_servers();
-    let end = stream.read(&mut [0]);
-    assert!(matches!(end, Ok(0) | Err(_)), "{end:?}");
+/// A server in `pod` that the test itself plays.
+fn listen(pod: &Pod, port: u16) -> TcpListener {
+    let bound = pod.netns.enter(|| TcpListener::bind(("::", port)));
+    bound.unwrap().unwrap()
+}
 
-    // A client that aborts is not left hanging at the server either: see the agents' connections.
-    drop(stream);
+/// A connection to `port` of `server`, both ends of it, after a byte went each way.
+fn pair(client: &Pod, server: &Pod, listener: &TcpListener, port: u16) -> (TcpStream, TcpStream) {
+    let mut near = connect(client, server.at(port));
+    near.write_all(b"x").unwrap();
+    let (mut far, _) = listener.accept().unwrap();
+    far.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    far.read_exact(&mut [0]).unwrap();
+    far.write_all(b"y").unwrap();
+    near.read_exact(&mut [0]).unwrap();
+    (near, far)
+}
+
+fn abort(stream: &TcpStream) {
+    SockRef::from(stream).set_linger(Some(Duration::ZERO)).unwrap();
+}
+
+fn assert_reset(mut stream: TcpStream, what: &str) {
+    let end = stream.read(&mut [0; 16]);
+    let kind = end.as_ref().err().map(std::io::Error::kind);
+    assert_eq!(kind, Some(ErrorKind::ConnectionReset), "{what}: {end:?}");
+}
+
+/// What broke must not look like what ended: a reader would take half a file for the whole.
+#[test]
+fn a_reset_is_a_reset_on_the_other_side_too() {
+    let (mut mesh, client, peer) = tcp();
+    let neighbour = mesh.pod(PodSpec::new("neighbour", 0)).unwrap();
+    mesh.wait_known(&neighbour).unwrap();
+    for server in [&peer, &neighbour] {
+        let listener = listen(server, 9000);
+        let (near, far) = pair(&client, server, &listener, 9000);
+        abort(&far);
+        drop(far);
+        assert_reset(near, "the client, when the server resets");
+        let (near, far) = pair(&client, server, &listener, 9000);
+        abort(&near);
+        drop(near);
+        assert_reset(far, "the server, when the client resets");
+    }
+}
+
+#[test]
+fn streams_of_a_released_workload_are_cut_and_seen_as_cut() {
+    let (mut mesh, client, peer) = tcp();
+    let neighbour = mesh.pod(PodSpec::new("neighbour", 0)).unwrap();
+    mesh.wait_known(&neighbour).unwrap();
+    for server in [&peer, &neighbour] {
+        let listener = listen(server, 9000);
+        let (near, far) = pair(&client, server, &listener, 9000);
+        mesh.withdraw(server).unwrap();
+        assert_reset(near, "the client of a released workload");
+        assert_reset(far, "the application of a released workload");
+    }
 }
 
 #[test]

@@ -1,12 +1,13 @@
 //! A program that runs beside the test, and what it writes.
 
 use std::fs::{self, File};
+use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
 use crate::{Run, until};
@@ -26,6 +27,8 @@ impl Process {
         let file = File::options().create(true).append(true).open(&log)?;
         let child = run
             .adopt(command)
+            // A group of its own: a server's workers are to end with it.
+            .process_group(0)
             .stdin(Stdio::null())
             .stdout(file.try_clone()?)
             .stderr(file)
@@ -66,7 +69,10 @@ impl Process {
 
     /// SIGKILL, and waits for the end.
     pub fn kill(&mut self) {
-        let _ended = self.child.kill();
+        // Not once it was waited for: the number may be another's by then.
+        if let (Ok(None), Ok(pid)) = (self.child.try_wait(), i32::try_from(self.child.id())) {
+            let _ended = killpg(Pid::from_raw(pid), Signal::SIGKILL);
+        }
         let _reaped = self.child.wait();
     }
 }

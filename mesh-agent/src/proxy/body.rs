@@ -13,7 +13,8 @@ use http_body::{Body as _, Frame, SizeHint};
 use hyper::body::Incoming;
 
 use super::app_pool::Lease;
-use super::mesh_pool::StreamLease;
+use super::mesh_pool::{Sending, StreamLease};
+use super::mesh_stream::Receiving;
 use super::record::{Exchange, Tail};
 use super::replay::Replay;
 
@@ -33,6 +34,8 @@ enum Source {
     Empty,
     Full(Bytes),
     Incoming(Incoming),
+    /// From another agent.
+    Receiving(Box<Receiving>),
     Replay(Replay),
     /// A response that the inbound pipeline of the same agent gave.
     Nested(Box<Body>),
@@ -55,8 +58,11 @@ pub(super) enum Held {
     Nothing,
     /// A connection to an application, given back at a clean end.
     App(Lease),
-    /// A stream's place on a pooled mTLS connection.
-    Mesh(#[expect(dead_code, reason = "held for its Drop")] StreamLease),
+    /// A stream's place on a pooled mTLS connection, and the sending of its request.
+    Mesh(
+        #[expect(dead_code, reason = "held for its Drop")] StreamLease,
+        #[expect(dead_code, reason = "held for its Drop")] Option<Sending>,
+    ),
 }
 
 impl Body {
@@ -66,6 +72,10 @@ impl Body {
 
     pub(super) fn incoming(body: Incoming) -> Self {
         Self::of(Source::Incoming(body))
+    }
+
+    pub(super) fn receiving(body: Receiving) -> Self {
+        Self::of(Source::Receiving(Box::new(body)))
     }
 
     pub(super) fn replay(body: Replay) -> Self {
@@ -108,6 +118,7 @@ impl Body {
                 Poll::Ready((!bytes.is_empty()).then(|| Ok(Frame::data(bytes))))
             }
             Source::Incoming(body) => Pin::new(body).poll_frame(cx).map_err(Into::into),
+            Source::Receiving(body) => body.poll_frame(cx),
             Source::Replay(body) => body.poll_frame(cx),
             Source::Nested(body) => Pin::new(&mut **body).poll_frame(cx),
         }
@@ -171,6 +182,7 @@ impl http_body::Body for Body {
             Source::Empty => true,
             Source::Full(bytes) => bytes.is_empty(),
             Source::Incoming(body) => body.is_end_stream(),
+            Source::Receiving(body) => body.is_end_stream(),
             Source::Replay(body) => body.is_end_stream(),
             Source::Nested(body) => body.is_end_stream(),
         }
@@ -181,6 +193,7 @@ impl http_body::Body for Body {
             Source::Empty => SizeHint::with_exact(0),
             Source::Full(bytes) => SizeHint::with_exact(bytes.len() as u64),
             Source::Incoming(body) => body.size_hint(),
+            Source::Receiving(body) => body.size_hint(),
             Source::Replay(body) => body.size_hint(),
             Source::Nested(body) => body.size_hint(),
         }

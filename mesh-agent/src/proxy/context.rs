@@ -13,6 +13,7 @@ use tokio::sync::watch;
 
 use super::tcp::Moved;
 use crate::dns::Resolver;
+use crate::drain::DrainWatcher;
 use crate::model::Workload;
 use crate::sock::Namespace;
 
@@ -131,6 +132,32 @@ pub(super) struct Listed {
     id: u64,
     registry: Arc<Registry>,
     local: Arc<Local>,
+}
+
+/// What everything that goes on over one connection shares: it is listed, and waited for, until the last has ended.
+#[derive(Debug)]
+pub(super) struct Life {
+    pub(super) listed: Listed,
+    pub(super) drain: DrainWatcher,
+}
+
+impl Life {
+    pub(super) fn connection(&self) -> &Connection {
+        &self.listed.connection
+    }
+
+    pub(super) fn speaks(&self, protocol: &'static str) {
+        let _ = self.listed.connection.protocol.set(protocol);
+    }
+
+    /// Returns when whatever goes on must be cut: the workload was released, or the drain's deadline has passed.
+    pub(super) async fn cut(&self) {
+        let mut drain = self.drain.clone();
+        tokio::select! {
+            () = self.listed.local.released() => {}
+            () = drain.closing() => {}
+        }
+    }
 }
 
 impl Connections {

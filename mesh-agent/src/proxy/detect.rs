@@ -103,8 +103,14 @@ impl<S> Prefixed<S> {
         }
     }
 
-    pub(super) fn into_inner(self) -> S {
-        self.stream
+    /// Gives back what was read, to be read again.
+    pub(super) fn prepend(&mut self, read: &[u8]) {
+        let rest = std::mem::replace(&mut self.prefix, read.into());
+        self.prefix.extend_from_slice(&rest);
+    }
+
+    pub(super) fn get_mut(&mut self) -> &mut S {
+        &mut self.stream
     }
 
     pub(super) fn has_prefix(&self) -> bool {

@@ -38,13 +38,7 @@ pub(super) fn announced(headers: &HeaderMap) -> Option<Kind> {
 /// Why a request that was sent got no response.
 pub(super) fn of_http(error: hyper::Error) -> Error {
     let kind = if let Some(h2) = find::<h2::Error>(&error) {
-        let unprocessed = h2.reason() == Some(h2::Reason::REFUSED_STREAM)
-            || (h2.is_go_away() && h2.is_remote() && h2.reason() == Some(h2::Reason::NO_ERROR));
-        if unprocessed {
-            Kind::RefusedStream
-        } else {
-            Kind::Reset
-        }
+        kind_of_h2(h2)
     } else if error.is_user() {
         // The request's body broke off: that is the client's doing.
         Kind::DownstreamReset
@@ -54,6 +48,24 @@ pub(super) fn of_http(error: hyper::Error) -> Error {
         Kind::Reset
     };
     Error::new(kind, error)
+}
+
+/// The same between agents.
+pub(super) fn of_h2(error: h2::Error) -> Error {
+    Error::new(kind_of_h2(&error), error)
+}
+
+fn kind_of_h2(error: &h2::Error) -> Kind {
+    let leaving = error.is_go_away() && error.reason() == Some(h2::Reason::NO_ERROR);
+    if error.is_remote() && (leaving || error.reason() == Some(h2::Reason::REFUSED_STREAM)) {
+        // RFC 9113, sections 6.8 and 8.7: nothing was processed.
+        Kind::RefusedStream
+    } else if error.is_reset() && !error.is_remote() && error.reason() == Some(h2::Reason::CANCEL) {
+        // We gave it up, since the request's body broke off.
+        Kind::DownstreamReset
+    } else {
+        Kind::Reset
+    }
 }
 
 fn find<'a, E: std::error::Error + 'static>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a E> {

@@ -8,25 +8,26 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
+use h2::RecvStream;
+use h2::server::SendResponse;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response};
 use hyper::body::Incoming;
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
 use super::body::Body;
-use super::context::{Direction, Listed, Local};
+use super::context::{Direction, Life, Local};
 use super::detect::{Detected, Prefixed};
 use super::error::{Error, Kind};
 use super::inbound_http;
 use super::listener::Accepted;
+use super::mesh_stream::{Duplex, Receiving};
 use super::recorders::Recorders;
 use super::stream::Stream;
-use super::tcp::Resettable;
-use super::{CONNECT_TIMEOUT, HBONE_PORT, Proxy, failure, headers, reply, serve, session};
+use super::{CONNECT_TIMEOUT, HBONE_PORT, Proxy, failure, headers, mesh_serve, reply, serve, session};
 use crate::authz::{self, Verdict};
-use crate::drain::DrainWatcher;
 use crate::metrics::{Peers, Reporter, Security, TcpRecorder};
 use crate::model::{Identity, Protocol, Snapshot};
 use crate::sock;
@@ -44,10 +45,12 @@ pub(super) struct Caller {
     /// `x-forwarded-client-cert` for the application.
     pub(super) xfcc: Option<HeaderValue>,
     pub(super) recorders: Arc<Recorders>,
+    /// The connection it asks over.
+    pub(super) life: Arc<Life>,
 }
 
 impl Caller {
-    pub(super) fn new(identity: Option<Identity>, client: SocketAddr, dest: &Local) -> Self {
+    pub(super) fn new(identity: Option<Identity>, client: SocketAddr, dest: &Local, life: Arc<Life>) -> Self {
         let xfcc = identity.as_ref().and_then(|identity| {
             let text = format!("By={};URI={identity}", dest.workload().identity);
             HeaderValue::try_from(text).ok()
@@ -57,6 +60,7 @@ impl Caller {
             client,
             xfcc,
             recorders: Arc::default(),
+            life,
         }
     }
 }
@@ -141,21 +145,22 @@ async fn clear_text(proxy: Arc<Proxy>, accepted: Accepted) {
         local,
         drain,
     } = accepted;
-    let caller = Caller::new(None, peer, &local);
+    let life = Arc::new(Life {
+        listed: proxy.connections.open(Direction::Inbound, &local, peer, address),
+        drain,
+    });
+    let caller = Caller::new(None, peer, &local, life);
     if admit(&proxy, &local, &caller, address.port()).is_err() {
-        socket.reset();
+        Stream::Tcp(socket).reset();
         return;
     }
-    let listed = proxy.connections.open(Direction::Inbound, &local, peer, address);
     let pipeline = Pipeline {
         proxy,
         local,
         caller,
         to: address,
-        listed,
-        drain,
     };
-    pipeline.stream(Prefixed::new(socket), None).await;
+    pipeline.stream(Prefixed::new(Stream::Tcp(socket)), None).await;
 }
 
 async fn mutual_tls(proxy: Arc<Proxy>, accepted: Accepted) {
@@ -185,18 +190,16 @@ async fn mutual_tls(proxy: Arc<Proxy>, accepted: Accepted) {
     let Some(identity) = identity_of(&stream) else {
         return;
     };
-    let listed = proxy.connections.open(Direction::Inbound, &local, peer, address);
-    let _ = listed.connection.protocol.set("hbone");
-    let _ = listed.connection.peer_identity.set(identity.to_string());
-    let caller = Caller::new(Some(identity), peer, &local);
-    let door = Arc::new(Door {
-        proxy,
-        local,
-        caller,
+    let life = Arc::new(Life {
+        listed: proxy.connections.open(Direction::Inbound, &local, peer, address),
         drain: drain.clone(),
-        _listed: listed,
     });
-    serve::http2(stream, drain, move |request| Arc::clone(&door).handle(request)).await;
+    life.speaks("hbone");
+    let _ = life.connection().peer_identity.set(identity.to_string());
+    let caller = Caller::new(Some(identity), peer, &local, life);
+    let door = Arc::new(Door { proxy, local, caller });
+    let handle = move |request, respond| Arc::clone(&door).handle(request, respond);
+    mesh_serve::serve(stream, drain, handle).await;
 }
 
 fn identity_of(stream: &TlsStream<TcpStream>) -> Option<Identity> {
@@ -209,23 +212,27 @@ struct Door {
     local: Arc<Local>,
     /// Its client is the other agent; each request and stream names its own.
     caller: Caller,
-    drain: DrainWatcher,
-    _listed: Listed,
 }
 
 impl Door {
-    async fn handle(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
-        let connect = request.method() == Method::CONNECT;
-        let answered = if connect {
-            self.open_stream(request).await
-        } else {
-            self.request(request).await
+    async fn handle(self: Arc<Self>, request: Request<RecvStream>, respond: SendResponse<Bytes>) {
+        if request.method() == Method::CONNECT {
+            return self.byte_stream(request, respond).await;
+        }
+        let (parts, stream) = request.into_parts();
+        let body = match stream.is_end_stream() {
+            true => Body::default(),
+            false => Body::receiving(Receiving::new(&parts.headers, stream)),
         };
-        answered.unwrap_or_else(|error| reply::error(&error, reply::Audience::Http))
+        let answering = async {
+            let answered = self.request(Request::from_parts(parts, body)).await;
+            answered.unwrap_or_else(|error| reply::error(&error, reply::Audience::Http))
+        };
+        mesh_serve::answer(respond, answering).await;
     }
 
     /// A native request.
-    async fn request(&self, request: Request<Incoming>) -> Result<Response<Body>, Error> {
+    async fn request(&self, request: Request<Body>) -> Result<Response<Body>, Error> {
         let (mut parts, body) = request.into_parts();
         let to = self.own(address(&parts.headers, &headers::DESTINATION)?)?;
         let caller = self.caller(&parts.headers);
@@ -234,19 +241,41 @@ impl Door {
             .get(headers::VERSION)
             .is_some_and(|version| version == "2");
         headers::strip_ours(&mut parts.headers);
-        let request = Request::from_parts(parts, Body::incoming(body));
+        let request = Request::from_parts(parts, body);
         Ok(inbound_http::deliver(&self.proxy, &self.local, &caller, to, (request, http2)).await)
     }
 
     /// An HBONE stream. The answer waits for the application where its protocol is not HTTP, so that the other
     /// agent learns of a failure while it can still go elsewhere.
-    async fn open_stream(&self, request: Request<Incoming>) -> Result<Response<Body>, Error> {
+    async fn byte_stream(&self, request: Request<RecvStream>, mut respond: SendResponse<Bytes>) {
+        let opening = self.open(&request);
+        let (pipeline, app) = match mesh_serve::unless_reset(&mut respond, opening).await {
+            Some(Ok(opened)) => opened,
+            Some(Err(error)) => {
+                let refusal = reply::error(&error, reply::Audience::Http);
+                return mesh_serve::answer(respond, std::future::ready(refusal)).await;
+            }
+            None => return,
+        };
+        let Ok(send) = respond.send_response(Response::new(()), false) else {
+            return;
+        };
+        let stream = Stream::tunnel(Duplex::new(send, request.into_body()), None);
+        let life = Arc::clone(&pipeline.caller.life);
+        tokio::select! {
+            () = pipeline.stream(Prefixed::new(stream), app) => {}
+            () = life.cut() => {}
+        }
+    }
+
+    /// Where an HBONE stream goes, and the application's side of it where that is opened first.
+    async fn open(&self, request: &Request<RecvStream>) -> Result<(Pipeline, Option<Stream>), Error> {
         let to = request
             .uri()
             .authority()
             .and_then(|authority| authority.as_str().parse().ok());
         let to = self.own(to.ok_or_else(|| Error::new(Kind::BadRequest, "CONNECT needs ip:port"))?)?;
-        let caller = self.caller(request.headers());
+        let mut caller = self.caller(request.headers());
         admit(&self.proxy, &self.local, &caller, to.port())?;
         let app = match self.proxy.store.load().target_protocol(to) {
             Protocol::Http1 | Protocol::Http2 | Protocol::Grpc => None,
@@ -254,41 +283,21 @@ impl Door {
                 Some(connect_app(&self.local, to, caller.client).await?)
             }
         };
-        let listed = self
-            .proxy
-            .connections
-            .open(Direction::Inbound, &self.local, caller.client, to);
+        let connections = &self.proxy.connections;
+        caller.life = Arc::new(Life {
+            listed: connections.open(Direction::Inbound, &self.local, caller.client, to),
+            drain: self.caller.life.drain.clone(),
+        });
         if let Some(identity) = &self.caller.identity {
-            let _ = listed.connection.peer_identity.set(identity.to_string());
+            let _ = caller.life.connection().peer_identity.set(identity.to_string());
         }
         let pipeline = Pipeline {
             proxy: Arc::clone(&self.proxy),
             local: Arc::clone(&self.local),
             caller,
             to,
-            listed,
-            drain: self.drain.clone(),
         };
-        let local = Arc::clone(&self.local);
-        let mut closing = self.drain.clone();
-        tokio::spawn(async move {
-            let serving = async {
-                match hyper::upgrade::on(request).await {
-                    Ok(upgraded) => {
-                        pipeline
-                            .stream(Prefixed::new(Stream::tunnel(upgraded, None)), app)
-                            .await
-                    }
-                    Err(error) => tracing::debug!(%error, "HBONE stream ended before it began"),
-                }
-            };
-            tokio::select! {
-                () = serving => {}
-                () = local.released() => {}
-                () = closing.closing() => {}
-            }
-        });
-        Ok(Response::new(Body::default()))
+        Ok((pipeline, app))
     }
 
     fn caller(&self, headers: &HeaderMap) -> Caller {
@@ -323,16 +332,11 @@ struct Pipeline {
     local: Arc<Local>,
     caller: Caller,
     to: SocketAddr,
-    listed: Listed,
-    drain: DrainWatcher,
 }
 
 impl Pipeline {
     /// `app` is the application's side, where it is open already.
-    async fn stream<S>(self, mut client: Prefixed<S>, app: Option<Stream>)
-    where
-        S: Resettable + AsyncRead + AsyncWrite + Send + 'static,
-    {
+    async fn stream(self, mut client: Prefixed<Stream>, app: Option<Stream>) {
         let protocol = self.proxy.store.load().target_protocol(self.to);
         let (dest, to, from) = (Arc::clone(&self.local), self.to, self.caller.client);
         let open = async move {
@@ -368,42 +372,30 @@ impl Pipeline {
         self.opaque(client, opened).await;
     }
 
-    async fn opaque<S: Resettable>(self, client: Prefixed<S>, app: Result<Prefixed<Stream>, Error>) {
-        let _ = self.listed.connection.protocol.set("tcp");
+    async fn opaque(self, mut client: Prefixed<Stream>, app: Result<Prefixed<Stream>, Error>) {
+        self.caller.life.speaks("tcp");
         match app {
             Ok(app) => {
-                let recorder = tcp_recorder(
-                    &self.proxy,
-                    &self.proxy.store.load(),
-                    &self.local,
-                    &self.caller,
-                    self.to,
-                );
-                session::copy(client, app, &self.listed.connection, vec![recorder]).await;
+                let snapshot = self.proxy.store.load();
+                let recorder = tcp_recorder(&self.proxy, &snapshot, &self.local, &self.caller, self.to);
+                session::copy(client, app, self.caller.life.connection(), vec![recorder]).await;
             }
             Err(error) => {
                 tracing::debug!(%error, workload = %self.local.uid, to = %self.to, "cannot deliver a stream");
-                client.reset();
+                client.get_mut().reset();
             }
         }
     }
 
-    async fn http<S>(self, client: Prefixed<S>, http2: bool)
-    where
-        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    {
-        let _ = self
-            .listed
-            .connection
-            .protocol
-            .set(if http2 { "http2" } else { "http1" });
-        let drain = self.drain.clone();
+    async fn http(self, client: Prefixed<Stream>, http2: bool) {
+        let life = Arc::clone(&self.caller.life);
+        life.speaks(if http2 { "http2" } else { "http1" });
         let this = Arc::new(self);
         let handle = move |request| Arc::clone(&this).request(request);
         if http2 {
-            serve::http2(client, drain, handle).await;
+            serve::http2(client, life.drain.clone(), handle).await;
         } else {
-            serve::http1(client, drain, handle).await;
+            serve::http1(client, life.drain.clone(), handle).await;
         }
     }
 

@@ -37,7 +37,10 @@ pub(super) async fn accept(
         return Measured::begin(proxy, dest, caller, to, &parts).end(to, Err(error), audience);
     }
     match switch {
-        Some(protocol) => Box::pin(upgrade::inbound(proxy, dest, caller, to, (parts, body, protocol))).await,
+        Some(protocol) => {
+            let switching = (parts, body, protocol);
+            Box::pin(upgrade::inbound(proxy, dest, caller, to, switching, None)).await
+        }
         None => {
             let request = Request::from_parts(parts, Body::incoming(body));
             deliver(proxy, dest, caller, to, (request, http2)).await

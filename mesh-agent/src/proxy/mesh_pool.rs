@@ -5,21 +5,27 @@
 //! opened; nothing here ever falls back to clear text.
 
 use std::collections::HashMap;
+use std::future::{Future as _, poll_fn};
 use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Waker};
 use std::time::Duration;
 
+use bytes::Bytes;
+use h2::client::{self, SendRequest};
+use h2::{Reason, SendStream};
 use http::{Request, Response};
-use hyper::body::Incoming;
-use hyper::client::conn::http2;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use http_body::Body as _;
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_rustls::TlsConnector;
 
-use super::body::Body;
+use super::body::{Body, Held};
 use super::error::{Error, Kind};
 use super::failure;
+use super::mesh_stream::{self, CONNECTION_WINDOW, Duplex, FRAME_BUDGET, Receiving, STREAM_WINDOW};
 use super::serve::MAX_HEAD;
 use super::{CONNECT_TIMEOUT, HBONE_PORT, TlsParts};
 use crate::model::Identity;
@@ -32,10 +38,6 @@ const STREAMS_PER_CONNECTION: usize = 100;
 const CONNECTIONS_PER_PEER: usize = 16;
 /// How long a connection without streams is kept (ztunnel's default).
 const IDLE: Duration = Duration::from_secs(300);
-/// The connection's window is several times a stream's: with equal ones a stream that nobody reads could stop
-/// all the others.
-pub(super) const STREAM_WINDOW: u32 = 1 << 20;
-pub(super) const CONNECTION_WINDOW: u32 = 8 << 20;
 /// A peer that is gone without a word is noticed after these.
 const PING_EVERY: Duration = Duration::from_secs(10);
 const PING_ANSWER: Duration = Duration::from_secs(10);
@@ -64,7 +66,8 @@ struct Peer {
 }
 
 struct Connection {
-    sender: http2::SendRequest<Body>,
+    sender: SendRequest<Bytes>,
+    closed: Arc<AtomicBool>,
     /// The peer is one of our own agents (ALPN `mesh-agent/1`) and takes requests as they are.
     native: bool,
     streams: AtomicUsize,
@@ -98,14 +101,66 @@ impl StreamLease {
 
     /// Sends a request; gives it back when it was certainly not sent.
     pub(super) async fn send(
-        &self,
+        self,
         request: Request<Body>,
-    ) -> Result<Response<Incoming>, (Error, Option<Request<Body>>)> {
+    ) -> Result<Response<Body>, (Error, Option<Request<Body>>)> {
+        let mut sender = match self.ready().await {
+            Ok(sender) => sender,
+            Err(error) => return Err((error, Some(request))),
+        };
+        let (head, body) = request.into_parts();
+        let head = Request::from_parts(head, ());
+        let ended = body.is_end_stream();
+        let sent = sender.send_request(head, ended);
+        let (response, stream) = sent.map_err(|error| (failure::of_h2(error), None))?;
+        let sending = (!ended).then(|| Sending::start(body, stream)).flatten();
+        let response = response.await.map_err(|error| (failure::of_h2(error), None))?;
+        let (head, stream) = response.into_parts();
+        let body = Body::receiving(Receiving::new(&head.headers, stream));
+        Ok(Response::from_parts(
+            head,
+            body.holding(Held::Mesh(self, sending)),
+        ))
+    }
+
+    /// Opens a byte stream with a `CONNECT` request.
+    pub(super) async fn open(&self, head: Request<()>) -> Result<(Response<()>, Duplex), Error> {
+        let mut sender = self.ready().await?;
+        let (response, send) = sender.send_request(head, false).map_err(failure::of_h2)?;
+        let (head, receive) = response.await.map_err(failure::of_h2)?.into_parts();
+        Ok((Response::from_parts(head, ()), Duplex::new(send, receive)))
+    }
+
+    async fn ready(&self) -> Result<SendRequest<Bytes>, Error> {
         let mut sender = self.0.sender.clone();
-        sender.try_send_request(request).await.map_err(|mut failed| {
-            let unsent = failed.take_message();
-            (failure::of_http(failed.into_error()), unsent)
-        })
+        match poll_fn(|cx| sender.poll_ready(cx)).await {
+            Ok(()) => Ok(sender),
+            Err(error) => {
+                // It has ended, or its peer takes no more streams: nobody is to be sent here again.
+                self.0.closed.store(true, Ordering::Relaxed);
+                Err(failure::of_h2(error))
+            }
+        }
+    }
+}
+
+/// A request's body on its way; dropping it gives the stream up.
+#[derive(Debug)]
+pub(super) struct Sending(JoinHandle<()>);
+
+impl Sending {
+    /// `None` when all could be sent at once.
+    fn start(body: Body, stream: SendStream<Bytes>) -> Option<Self> {
+        let mut sending = Box::pin(mesh_stream::send(body, stream, Reason::CANCEL));
+        // A task of its own only for what has to wait; its first poll there asks to be woken.
+        let first = sending.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+        first.is_pending().then(|| Self(tokio::spawn(sending)))
+    }
+}
+
+impl Drop for Sending {
+    fn drop(&mut self) {
+        self.0.abort();
     }
 }
 
@@ -192,7 +247,7 @@ impl MeshPool {
             connections.retain(|connection| {
                 let idle = connection.streams.load(Ordering::Relaxed) == 0
                     && now.duration_since(*lock(&connection.idle_since)) > IDLE;
-                !connection.sender.is_closed() && !idle
+                !connection.closed.load(Ordering::Relaxed) && !idle
             });
             // Somebody who holds the peer may be connecting just now.
             !connections.is_empty() || Arc::strong_count(peer) > 1
@@ -234,23 +289,32 @@ impl MeshPool {
                 )
             })?;
         let native = Transport::negotiated(stream.get_ref().1.alpn_protocol()) == Some(Transport::Native);
-        let (sender, connection) = http2::Builder::new(TokioExecutor::new())
-            .timer(TokioTimer::new())
-            .initial_stream_window_size(STREAM_WINDOW)
+        let (sender, mut connection) = client::Builder::new()
+            .enable_push(false)
+            .initial_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
+            .data_frame_budget(FRAME_BUDGET)
             .max_header_list_size(MAX_HEAD)
-            .keep_alive_interval(PING_EVERY)
-            .keep_alive_timeout(PING_ANSWER)
-            .handshake(TokioIo::new(stream))
+            .handshake(stream)
             .await
             .map_err(|cause| Error::new(Kind::Connect, cause))?;
+        let closed = Arc::new(AtomicBool::new(false));
+        let ending = Arc::clone(&closed);
         tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                tracing::debug!(%error, peer = %to, "mTLS connection ended");
+            let unanswered = pin!(mesh_stream::unanswered(
+                connection.ping_pong(),
+                PING_EVERY,
+                PING_ANSWER
+            ));
+            tokio::select! {
+                ended = connection => tracing::debug!(?ended, peer = %to, "mTLS connection ended"),
+                () = unanswered => tracing::debug!(peer = %to, "the agent there no longer answers pings"),
             }
+            ending.store(true, Ordering::Relaxed);
         });
         Ok(Connection {
             sender,
+            closed,
             native,
             streams: AtomicUsize::new(1),
             idle_since: Mutex::new(Instant::now()),
@@ -271,7 +335,7 @@ impl MeshPool {
 impl Peer {
     fn lease(&self, limit: usize) -> Option<StreamLease> {
         let mut connections = lock(&self.connections);
-        connections.retain(|connection| !connection.sender.is_closed());
+        connections.retain(|connection| !connection.closed.load(Ordering::Relaxed));
         let connection = connections
             .iter()
             .min_by_key(|c| c.streams.load(Ordering::Relaxed))?;

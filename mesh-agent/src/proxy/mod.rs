@@ -18,6 +18,8 @@ mod inbound;
 mod inbound_http;
 mod listener;
 mod mesh_pool;
+mod mesh_serve;
+mod mesh_stream;
 mod outbound;
 mod outbound_http;
 mod record;

@@ -8,20 +8,17 @@ use std::sync::Arc;
 
 use http::Request;
 use hyper::body::Incoming;
-use tokio::net::TcpStream;
 
-use super::context::{Direction, Listed, Local};
+use super::context::{Direction, Life, Local};
 use super::detect::{self, Detected, Prefixed};
 use super::error::{Error, Kind};
 use super::listener::Accepted;
 use super::recorders::Recorders;
 use super::stream::Stream;
-use super::tcp::Resettable;
 use super::upstream::{self, Way};
 use super::{Proxy, inbound, outbound_http, serve, session};
 use crate::balance;
 use crate::dns;
-use crate::drain::DrainWatcher;
 use crate::metrics::{Peers, Reporter, Security, TcpRecorder};
 use crate::model::{
     Destination, Endpoint, Load, LoadBalancing, Protocol, Service, ServiceKey, Snapshot, Workload,
@@ -41,23 +38,27 @@ pub(super) async fn serve(proxy: Arc<Proxy>, accepted: Accepted) {
     } = accepted;
     let Some(original) = local.namespace.original_destination(peer, address) else {
         tracing::debug!(%peer, workload = %local.uid, "not a captured connection");
-        stream.reset();
+        Stream::Tcp(stream).reset();
         return;
     };
-    let listed = proxy
-        .connections
-        .open(Direction::Outbound, &local, peer, original);
+    let life = Life {
+        listed: proxy
+            .connections
+            .open(Direction::Outbound, &local, peer, original),
+        drain,
+    };
     if original.port() == DNS_PORT {
-        let _ = listed.connection.protocol.set("dns");
+        life.speaks("dns");
         if let Err(error) = dns::stream(&local.resolver, stream, original).await {
             tracing::debug!(%error, workload = %local.uid, server = %original, "DNS connection ended");
         }
         return;
     }
+    let mut client = Stream::Tcp(stream);
     let target = match proxy.store.load().destination(original) {
         Destination::Service(service, port) => Target::Service(service.key.clone(), port),
         Destination::UnknownPort(_) => {
-            stream.reset();
+            client.reset();
             return;
         }
         Destination::Workload(workload) => Target::Workload(workload),
@@ -69,11 +70,10 @@ pub(super) async fn serve(proxy: Arc<Proxy>, accepted: Accepted) {
         client: peer,
         original,
         target,
-        listed,
+        life: Arc::new(life),
         recorders: Arc::default(),
-        drain,
     };
-    outbound.run(Prefixed::new(stream)).await;
+    outbound.run(Prefixed::new(client)).await;
 }
 
 /// What the application dialled.
@@ -91,9 +91,15 @@ pub(super) struct Outbound {
     /// The address that was dialled.
     pub(super) original: SocketAddr,
     pub(super) target: Target,
-    pub(super) listed: Listed,
+    pub(super) life: Arc<Life>,
     pub(super) recorders: Arc<Recorders>,
-    drain: DrainWatcher,
+}
+
+/// An open way to one of the target's endpoints.
+struct Opened {
+    recorders: Vec<TcpRecorder>,
+    /// The endpoint's workload when it is on this node.
+    dest: Option<Arc<Local>>,
 }
 
 /// What a target is at this moment.
@@ -105,7 +111,7 @@ pub(super) struct Candidates {
 }
 
 impl Outbound {
-    async fn run(self, mut client: Prefixed<TcpStream>) {
+    async fn run(self, mut client: Prefixed<Stream>) {
         if matches!(self.target, Target::Unknown) {
             return self.opaque(client, None).await;
         }
@@ -122,8 +128,8 @@ impl Outbound {
                 let mut opening = Box::pin(self.open());
                 let mut opened = None;
                 let first = session::first(&mut client, async {
-                    let (stream, recorders) = (&mut opening).await?;
-                    opened = Some(recorders);
+                    let (stream, rest) = (&mut opening).await?;
+                    opened = Some(rest);
                     Ok(stream)
                 })
                 .await;
@@ -135,8 +141,8 @@ impl Outbound {
                         self.opaque(client, None).await
                     }
                     Ok(session::First::Opaque(server)) => {
-                        let recorders = opened.unwrap_or_default();
-                        self.opaque(client, Some((server, recorders))).await;
+                        let opened = opened.map(|opened| (server, opened));
+                        self.opaque(client, opened).await;
                     }
                     Err(error) => self.fail(client, &error),
                 }
@@ -197,13 +203,9 @@ impl Outbound {
         }
     }
 
-    async fn http(self, client: Prefixed<TcpStream>, http2: bool) {
-        let _ = self
-            .listed
-            .connection
-            .protocol
-            .set(if http2 { "http2" } else { "http1" });
-        let drain = self.drain.clone();
+    async fn http(self, client: Prefixed<Stream>, http2: bool) {
+        self.life.speaks(if http2 { "http2" } else { "http1" });
+        let drain = self.life.drain.clone();
         let this = Arc::new(self);
         let handle = move |request: Request<Incoming>| outbound_http::handle(Arc::clone(&this), request);
         if http2 {
@@ -213,30 +215,39 @@ impl Outbound {
         }
     }
 
-    async fn opaque(self, client: Prefixed<TcpStream>, opened: Option<(Prefixed<Stream>, Vec<TcpRecorder>)>) {
-        let _ = self.listed.connection.protocol.set("tcp");
+    async fn opaque(self, client: Prefixed<Stream>, opened: Option<(Prefixed<Stream>, Opened)>) {
+        self.life.speaks("tcp");
         let opened = match opened {
             Some(opened) => Ok(opened),
             None => self
                 .open()
                 .await
-                .map(|(stream, recorders)| (Prefixed::new(stream), recorders)),
+                .map(|(stream, opened)| (Prefixed::new(stream), opened)),
         };
         match opened {
-            Ok((server, recorders)) => {
-                session::copy(client, server, &self.listed.connection, recorders).await;
+            Ok((server, opened)) => {
+                let released = async {
+                    match &opened.dest {
+                        Some(dest) => dest.released().await,
+                        None => std::future::pending().await,
+                    }
+                };
+                tokio::select! {
+                    () = session::copy(client, server, self.life.connection(), opened.recorders) => {}
+                    () = released => {}
+                }
             }
             Err(error) => self.fail(client, &error),
         }
     }
 
-    fn fail(self, client: Prefixed<TcpStream>, error: &Error) {
+    fn fail(self, mut client: Prefixed<Stream>, error: &Error) {
         tracing::debug!(%error, workload = %self.local.uid, to = %self.original, "cannot reach");
-        client.reset();
+        client.get_mut().reset();
     }
 
     /// Opens a byte stream to one of the target's endpoints, and says who counts it.
-    async fn open(&self) -> Result<(Stream, Vec<TcpRecorder>), Error> {
+    async fn open(&self) -> Result<(Stream, Opened), Error> {
         let snapshot = self.proxy.store.load();
         let candidates = self.candidates(&snapshot);
         let source = self.local.workload();
@@ -250,7 +261,12 @@ impl Outbound {
             match self.from(&source).stream(&way, endpoint.address).await {
                 Ok(stream) => {
                     let service = candidates.service.as_deref();
-                    return Ok((stream, self.tcp_recorders(&snapshot, &way, endpoint, service)));
+                    let recorders = self.tcp_recorders(&snapshot, &way, endpoint, service);
+                    let dest = match way {
+                        Way::Local(dest) => Some(dest),
+                        Way::Mesh(_) | Way::Clear => None,
+                    };
+                    return Ok((stream, Opened { recorders, dest }));
                 }
                 Err(error) => {
                     if matches!(error.kind, Kind::Connect | Kind::PeerIdentity) {
@@ -287,6 +303,7 @@ impl Outbound {
             source,
             client: self.client,
             recorders: &self.recorders,
+            life: &self.life,
         }
     }
 

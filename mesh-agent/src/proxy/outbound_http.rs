@@ -239,19 +239,36 @@ impl Attempts<'_> {
         }
     }
 
-    /// A request that switches protocols: one try on a connection of its own.
+    /// A request that switches protocols, on a connection of its own: tried again only as long as none was made.
     async fn switch(
         &self,
         switching: upgrade::Switching,
         tried: &mut Tried,
     ) -> Result<Response<Body>, Error> {
-        let (endpoint, way) = self.next(tried)?;
-        let stream = self
-            .outbound
-            .from(self.source)
-            .stream(&way, endpoint.address)
-            .await?;
-        upgrade::switch(stream, switching, Arc::clone(&self.outbound.local)).await
+        let from = self.outbound.from(self.source);
+        loop {
+            let (endpoint, way) = self.next(tried)?;
+            let error = match from.stream(&way, endpoint.address).await {
+                Ok(stream) => {
+                    let Way::Local(dest) = &way else {
+                        return upgrade::switch(stream, switching, from.life, None).await;
+                    };
+                    let (caller, to) = (from.caller(dest), endpoint.address);
+                    let app = Some(stream);
+                    return Ok(upgrade::inbound(from.proxy, dest, &caller, to, switching, app).await);
+                }
+                Err(error) => error,
+            };
+            if matches!(error.kind, Kind::Connect | Kind::PeerIdentity) {
+                self.outbound.proxy.rest(&endpoint);
+            }
+            let failure = failure(error.kind);
+            let decision = retry::decide(failure, &switching.0.method, tried.tries, true, &self.plan.retry);
+            if decision != Decision::Retry {
+                return Err(error);
+            }
+            self.outbound.proxy.metrics().agent().retries.inc();
+        }
     }
 
     fn next(&self, tried: &mut Tried) -> Result<(Endpoint, Way), Error> {

@@ -16,7 +16,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::body::Body;
-use super::mesh_pool::{CONNECTION_WINDOW, STREAM_WINDOW};
+use super::mesh_stream::{CONNECTION_WINDOW, STREAM_WINDOW};
 use crate::drain::DrainWatcher;
 
 /// Bytes of a message's head (Envoy's default is 60 KiB).
@@ -26,13 +26,13 @@ const MAX_FIELDS: usize = 100;
 /// How long a client may take over a request's head, or leave a kept-alive connection unused.
 pub(super) const HEAD_TIMEOUT: Duration = Duration::from_secs(300);
 /// Streams that one HTTP/2 client may have open.
-const MAX_STREAMS: u32 = 1024;
+pub(super) const MAX_STREAMS: u32 = 1024;
 /// Streams that a client reset before we looked at them (CVE-2023-44487).
-const MAX_PENDING_RESETS: usize = 64;
+pub(super) const MAX_PENDING_RESETS: usize = 64;
 /// Streams that we had to reset for a client's faults (CVE-2025-8671); far above what cancelled requests cause.
-const MAX_OUR_RESETS: usize = 1024;
-const PING_EVERY: Duration = Duration::from_secs(30);
-const PING_ANSWER: Duration = Duration::from_secs(20);
+pub(super) const MAX_OUR_RESETS: usize = 1024;
+pub(super) const PING_EVERY: Duration = Duration::from_secs(30);
+pub(super) const PING_ANSWER: Duration = Duration::from_secs(20);
 
 pub(super) async fn http1<I, F>(io: I, mut drain: DrainWatcher, handle: impl Fn(Request<Incoming>) -> F)
 where

@@ -1,7 +1,6 @@
 //! One opaque connection, copied and measured; and the question who speaks first.
 
 use std::future::Future;
-use std::io;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -11,7 +10,7 @@ use super::context::Connection;
 use super::detect::{self, Detected, Prefixed};
 use super::error::Error;
 use super::stream::Stream;
-use super::tcp::{self, Resettable};
+use super::tcp::{self, Broken};
 use crate::metrics::{Flag, TcpConnection, TcpRecorder};
 
 /// A client that speaks first does so at once; only after this is the other side opened to hear whether it does.
@@ -67,9 +66,9 @@ pub(super) async fn first<C: AsyncRead + Unpin>(
 }
 
 /// Copies until both sides have ended, counting what passes.
-pub(super) async fn copy<A: Resettable, B: Resettable>(
-    client: A,
-    server: B,
+pub(super) async fn copy(
+    client: Prefixed<Stream>,
+    server: Prefixed<Stream>,
     connection: &Connection,
     recorders: Vec<TcpRecorder>,
 ) {
@@ -106,9 +105,9 @@ fn flush(connection: &Connection, open: &[TcpConnection], reported: (u64, u64)) 
     now
 }
 
-fn flag(error: &io::Error) -> Flag {
-    match error.kind() {
-        io::ErrorKind::TimedOut => Flag::IdleTimeout,
-        _ => Flag::UpstreamReset,
+fn flag(error: &Broken) -> Flag {
+    match error {
+        Broken::Client(_) => Flag::DownstreamReset,
+        Broken::Server(_) => Flag::UpstreamReset,
     }
 }

@@ -3,15 +3,15 @@
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
-use hyper::upgrade::Upgraded;
-use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
 use super::mesh_pool::StreamLease;
+use super::mesh_stream::Duplex;
 
-/// Either a socket or a stream inside a pooled mTLS connection.
+/// Either a socket or a stream inside a pooled mTLS connection. Neither holds back what is written to it.
 #[derive(Debug)]
 pub(super) enum Stream {
     Tcp(TcpStream),
@@ -22,16 +22,24 @@ pub(super) enum Stream {
 /// A tunnelled stream, and its place on the pooled connection that carries it (`None` on the accepting side).
 #[derive(Debug)]
 pub(super) struct Tunnel {
-    io: TokioIo<Upgraded>,
+    io: Duplex,
     _lease: Option<StreamLease>,
 }
 
 impl Stream {
-    pub(super) fn tunnel(upgraded: Upgraded, lease: Option<StreamLease>) -> Self {
-        Self::Tunnel(Box::new(Tunnel {
-            io: TokioIo::new(upgraded),
-            _lease: lease,
-        }))
+    pub(super) fn tunnel(io: Duplex, lease: Option<StreamLease>) -> Self {
+        Self::Tunnel(Box::new(Tunnel { io, _lease: lease }))
+    }
+
+    /// Makes the end of the stream one that its peer cannot take for an orderly one.
+    pub(super) fn reset(&mut self) {
+        match self {
+            Self::Tcp(stream) => {
+                // Best effort: without it the peer sees an orderly end.
+                let _ = socket2::SockRef::from(&*stream).set_linger(Some(Duration::ZERO));
+            }
+            Self::Tunnel(tunnel) => tunnel.io.reset(),
+        }
     }
 }
 

@@ -1,20 +1,30 @@
 //! The opaque copy between two streams.
 //!
-//! Invariants: an end of stream one way is passed on and the other way goes on (half-close); an error on either
-//! side ends both with a reset where the stream can send one; a slow reader holds up its writer (nothing is
-//! buffered but one buffer per direction); bytes are counted as they are written.
+//! Invariants: an end of stream one way is passed on and the other way goes on (half-close); what ends any other
+//! way, also by being dropped, resets both sides; a slow reader holds up its writer; bytes are counted as they are
+//! written; a connection that moves nothing holds no buffer (one per thread serves all).
 
+use std::cell::RefCell;
+use std::future::poll_fn;
 use std::io;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll, ready};
 
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::net::TcpStream;
+use bytes::{Buf, BytesMut};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::detect::Prefixed;
 use super::stream::Stream;
 
-/// One buffer a direction: what a socket gives at once in bulk transfers, small enough for many idle connections.
-const BUFFER: usize = 16 * 1024;
+/// What one read takes at most.
+const BUFFER: usize = 64 * 1024;
+/// Reads of one direction before the others of the thread have their turn.
+const ROUNDS: usize = 8;
+
+thread_local! {
+    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; BUFFER].into());
+}
 
 /// Bytes moved so far, seen from the client's side.
 #[derive(Debug, Default)]
@@ -25,80 +35,180 @@ pub(super) struct Moved {
     pub(super) received: AtomicU64,
 }
 
+/// Which side ended a copy before its time.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Broken {
+    #[error("the client's side broke: {0}")]
+    Client(io::Error),
+    #[error("the server's side broke: {0}")]
+    Server(io::Error),
+}
+
 /// Copies both ways until both have ended.
-pub(super) async fn copy<A: Resettable, B: Resettable>(
-    client: A,
-    server: B,
+pub(super) async fn copy(
+    client: Prefixed<Stream>,
+    server: Prefixed<Stream>,
     moved: &Moved,
-) -> io::Result<()> {
-    let (mut client_read, mut client_write) = tokio::io::split(client);
-    let (mut server_read, mut server_write) = tokio::io::split(server);
-    let result = tokio::try_join!(
-        one_way(&mut client_read, &mut server_write, &moved.sent),
-        one_way(&mut server_read, &mut client_write, &moved.received),
-    );
-    if result.is_err() {
-        client_read.unsplit(client_write).reset();
-        server_read.unsplit(server_write).reset();
-    }
-    result.map(drop)
-}
-
-async fn one_way<R, W>(from: &mut R, to: &mut W, counter: &AtomicU64) -> io::Result<()>
-where
-    R: AsyncRead + Unpin,
-    W: AsyncWrite + Unpin,
-{
-    let mut buffer = bytes::BytesMut::new();
-    loop {
-        buffer.reserve(BUFFER);
-        let n = from.read_buf(&mut buffer).await?;
-        if n == 0 {
-            return match to.shutdown().await {
-                // The other side may already have closed both ways, which is fine with us.
-                Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
-                result => result,
-            };
+) -> Result<(), Broken> {
+    let mut pair = Pair {
+        client,
+        server,
+        whole: false,
+    };
+    let (mut there, mut back) = (Flow::default(), Flow::default());
+    let copied = poll_fn(|cx| {
+        let Pair { client, server, .. } = &mut pair;
+        let there = there.poll(cx, client, server, &moved.sent);
+        let there = there.map_err(|error| error.of(Broken::Client, Broken::Server))?;
+        let back = back.poll(cx, server, client, &moved.received);
+        let back = back.map_err(|error| error.of(Broken::Server, Broken::Client))?;
+        if there.is_ready() && back.is_ready() {
+            Poll::Ready(Ok(()))
+        } else {
+            Poll::Pending
         }
-        to.write_all(&buffer).await?;
-        to.flush().await?;
-        counter.fetch_add(n as u64, Ordering::Relaxed);
-        buffer.clear();
+    });
+    copied.await?;
+    pair.whole = true;
+    Ok(())
+}
+
+struct Pair {
+    client: Prefixed<Stream>,
+    server: Prefixed<Stream>,
+    /// Both sides have ended in good order.
+    whole: bool,
+}
+
+impl Drop for Pair {
+    fn drop(&mut self) {
+        if !self.whole {
+            self.client.get_mut().reset();
+            self.server.get_mut().reset();
+        }
     }
 }
 
-/// A stream that can be ended so that its peer notices that something went wrong.
-pub(super) trait Resettable: AsyncRead + AsyncWrite + Unpin {
-    fn reset(self);
+/// An error of one of a flow's two ends.
+enum FlowError {
+    From(io::Error),
+    To(io::Error),
 }
 
-impl Resettable for TcpStream {
-    fn reset(self) {
-        // Best effort: without it the peer sees an orderly end.
-        let _ = socket2::SockRef::from(&self).set_linger(Some(std::time::Duration::ZERO));
-    }
-}
-
-impl<S: Resettable> Resettable for Prefixed<S> {
-    fn reset(self) {
-        self.into_inner().reset();
-    }
-}
-
-impl Resettable for Stream {
-    fn reset(self) {
+impl FlowError {
+    fn of(self, from: impl FnOnce(io::Error) -> Broken, to: impl FnOnce(io::Error) -> Broken) -> Broken {
         match self {
-            Self::Tcp(stream) => stream.reset(),
-            // Dropping an HTTP/2 stream that has not ended sends RST_STREAM.
-            Self::Tunnel(stream) => drop(stream),
+            Self::From(error) => from(error),
+            Self::To(error) => to(error),
         }
     }
+}
+
+/// One direction.
+#[derive(Default)]
+struct Flow {
+    /// Read, and not yet written.
+    rest: BytesMut,
+    ended: bool,
+    shut: bool,
+}
+
+impl Flow {
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        from: &mut Prefixed<Stream>,
+        to: &mut Prefixed<Stream>,
+        counter: &AtomicU64,
+    ) -> Poll<Result<(), FlowError>> {
+        for _ in 0..ROUNDS {
+            if self.shut {
+                return Poll::Ready(Ok(()));
+            }
+            ready!(self.poll_rest(cx, to, counter)).map_err(FlowError::To)?;
+            if self.ended {
+                return self.poll_shut(cx, to).map_err(FlowError::To);
+            }
+            let moved = SCRATCH.with_borrow_mut(|scratch| self.poll_move(cx, (from, to), scratch, counter));
+            if moved?.is_pending() {
+                return Poll::Pending;
+            }
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+
+    /// Reads once and writes what it gave; what is not taken is kept.
+    fn poll_move(
+        &mut self,
+        cx: &mut Context<'_>,
+        (from, to): (&mut Prefixed<Stream>, &mut Prefixed<Stream>),
+        scratch: &mut [u8],
+        counter: &AtomicU64,
+    ) -> Result<Poll<()>, FlowError> {
+        let mut buffer = ReadBuf::new(scratch);
+        match Pin::new(from).poll_read(cx, &mut buffer) {
+            Poll::Pending => return Ok(Poll::Pending),
+            Poll::Ready(read) => read.map_err(FlowError::From)?,
+        }
+        let mut bytes = buffer.filled();
+        self.ended = bytes.is_empty();
+        while !bytes.is_empty() {
+            match Pin::new(&mut *to).poll_write(cx, bytes) {
+                Poll::Pending => {
+                    self.rest.extend_from_slice(bytes);
+                    break;
+                }
+                Poll::Ready(written) => {
+                    let n = written.and_then(some).map_err(FlowError::To)?;
+                    counter.fetch_add(n as u64, Ordering::Relaxed);
+                    bytes = &bytes[n..];
+                }
+            }
+        }
+        Ok(Poll::Ready(()))
+    }
+
+    fn poll_rest(
+        &mut self,
+        cx: &mut Context<'_>,
+        to: &mut Prefixed<Stream>,
+        counter: &AtomicU64,
+    ) -> Poll<io::Result<()>> {
+        while !self.rest.is_empty() {
+            let n = ready!(Pin::new(&mut *to).poll_write(cx, &self.rest)).and_then(some)?;
+            counter.fetch_add(n as u64, Ordering::Relaxed);
+            self.rest.advance(n);
+            if self.rest.is_empty() {
+                self.rest = BytesMut::new();
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shut(&mut self, cx: &mut Context<'_>, to: &mut Prefixed<Stream>) -> Poll<io::Result<()>> {
+        let shut = ready!(Pin::new(to).poll_shutdown(cx));
+        self.shut = true;
+        Poll::Ready(match shut {
+            // The other side may already have closed both ways, which is fine with us.
+            Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
+            shut => shut,
+        })
+    }
+}
+
+fn some(written: usize) -> io::Result<usize> {
+    if written == 0 {
+        return Err(io::ErrorKind::WriteZero.into());
+    }
+    Ok(written)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio::net::TcpListener;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::{TcpListener, TcpStream};
 
     async fn pair() -> (TcpStream, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -113,7 +223,7 @@ mod tests {
         let moved = std::sync::Arc::new(Moved::default());
         let copying = tokio::spawn({
             let moved = std::sync::Arc::clone(&moved);
-            async move { copy(near, far, &moved).await }
+            async move { copy(stream(near), stream(far), &moved).await }
         });
         client.write_all(b"question").await.unwrap();
         client.shutdown().await.unwrap();
@@ -130,13 +240,53 @@ mod tests {
         assert_eq!(moved.received.load(Ordering::Relaxed), 11);
     }
 
-    #[tokio::test]
-    async fn a_reset_is_passed_on() {
-        let ((mut client, near), (far, server)) = (pair().await, pair().await);
-        let copying = tokio::spawn(async move { copy(near, far, &Moved::default()).await });
-        server.reset();
-        let error = client.read_to_end(&mut Vec::new()).await.unwrap_err();
+    fn stream(socket: TcpStream) -> Prefixed<Stream> {
+        Prefixed::new(Stream::Tcp(socket))
+    }
+
+    async fn assert_reset(mut socket: TcpStream) {
+        let error = socket.read_to_end(&mut Vec::new()).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
-        assert!(copying.await.unwrap().is_err());
+    }
+
+    #[tokio::test]
+    async fn a_reset_is_passed_on_and_blamed_on_its_side() {
+        let ((client, near), (far, server)) = (pair().await, pair().await);
+        let copying = tokio::spawn(async move { copy(stream(near), stream(far), &Moved::default()).await });
+        Stream::Tcp(server).reset();
+        assert_reset(client).await;
+        assert!(matches!(copying.await.unwrap(), Err(Broken::Server(_))));
+    }
+
+    #[tokio::test]
+    async fn what_is_cut_is_reset_on_both_sides() {
+        let ((client, near), (far, server)) = (pair().await, pair().await);
+        let copying = tokio::spawn(async move { copy(stream(near), stream(far), &Moved::default()).await });
+        copying.abort();
+        assert_reset(client).await;
+        assert_reset(server).await;
+    }
+
+    #[tokio::test]
+    async fn more_than_a_slow_reader_takes_arrives_whole() {
+        let ((mut client, near), (far, mut server)) = (pair().await, pair().await);
+        let copying = tokio::spawn(async move { copy(stream(near), stream(far), &Moved::default()).await });
+        let sent: Vec<u8> = (0..8_000_000_u32).map(|n| (n % 251) as u8).collect();
+        let expected = sent.clone();
+        let writing = tokio::spawn(async move {
+            client.write_all(&sent).await.unwrap();
+            client
+        });
+        let mut got = Vec::new();
+        while got.len() < expected.len() {
+            let mut piece = [0; 1000];
+            let n = server.read(&mut piece).await.unwrap();
+            assert_ne!(n, 0);
+            got.extend_from_slice(&piece[..n]);
+            tokio::task::yield_now().await;
+        }
+        assert!(got == expected);
+        drop((server, writing.await.unwrap()));
+        copying.await.unwrap().unwrap();
     }
 }

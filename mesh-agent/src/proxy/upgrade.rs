@@ -10,47 +10,57 @@ use http::header::{self, HeaderValue};
 use http::{Request, Response, StatusCode, request};
 use hyper::body::Incoming;
 use hyper::client::conn::http1;
+use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 
 use super::body::Body;
-use super::context::Local;
+use super::context::{Life, Local};
+use super::detect::Prefixed;
 use super::error::{Error, Kind};
 use super::inbound::{self, Caller};
 use super::inbound_http::Measured;
 use super::stream::Stream;
-use super::{Proxy, failure, headers, reply};
+use super::{Proxy, failure, headers, reply, tcp};
 
 /// A request's head, its body (which hyper ties the switch to), and the protocol asked for.
 pub(super) type Switching = (request::Parts, Incoming, HeaderValue);
 
-/// The application's side of a switch.
+/// The application's side of a switch. `app` is the connection to it, where it is open already.
 pub(super) async fn inbound(
     proxy: &Arc<Proxy>,
     dest: &Arc<Local>,
     caller: &Caller,
     to: SocketAddr,
     (mut parts, body, protocol): Switching,
+    app: Option<Stream>,
 ) -> Response<Body> {
     let audience = reply::Audience::of(&parts);
     let measured = Measured::begin(proxy, dest, caller, to, &parts);
     headers::set_client_certificate(&mut parts.headers, caller.xfcc.as_ref());
     let sent = async {
-        inbound::admit(proxy, dest, caller, to.port())?;
-        let stream = inbound::connect_app(dest, to, caller.client).await?;
-        switch(stream, (parts, body, protocol), Arc::clone(dest)).await
+        let stream = match app {
+            Some(stream) => stream,
+            None => {
+                inbound::admit(proxy, dest, caller, to.port())?;
+                inbound::connect_app(dest, to, caller.client).await?
+            }
+        };
+        switch(stream, (parts, body, protocol), &caller.life, Some(dest)).await
     };
     let sent = sent.await;
     measured.end(to, sent, audience)
 }
 
-/// Sends the request over `stream`; after a 101 the bytes of both sides are copied until both end.
+/// Sends the request over `stream`; after a 101 the bytes of both sides are copied until both end, for as long as
+/// the client's connection may live, and the workload `dest` of this node where it is one.
 pub(super) async fn switch(
     stream: Stream,
     (mut parts, body, protocol): Switching,
-    local: Arc<Local>,
+    life: &Arc<Life>,
+    dest: Option<&Arc<Local>>,
 ) -> Result<Response<Body>, Error> {
     let (mut sender, connection) = http1::Builder::new()
-        .handshake(TokioIo::new(stream))
+        .handshake(TokioIo::new(Prefixed::new(stream)))
         .await
         .map_err(|cause| Error::new(Kind::Connect, cause))?;
     tokio::spawn(async move {
@@ -71,16 +81,23 @@ pub(super) async fn switch(
     let client =
         client.ok_or_else(|| Error::new(Kind::BadRequest, "this connection cannot switch protocols"))?;
     let server = hyper::upgrade::on(&mut response);
+    let (life, dest) = (Arc::clone(life), dest.cloned());
     tokio::spawn(async move {
-        let copying = async {
-            if let Ok((client, server)) = tokio::try_join!(client, server) {
-                let (mut client, mut server) = (TokioIo::new(client), TokioIo::new(server));
-                let _ = tokio::io::copy_bidirectional(&mut client, &mut server).await;
+        let released = async {
+            match &dest {
+                Some(dest) => dest.released().await,
+                None => std::future::pending().await,
             }
         };
+        let copying = async {
+            let switched = tokio::try_join!(client, server);
+            let (client, server) = switched.ok().and_then(|(client, server)| both(client, server))?;
+            tcp::copy(client, server, &life.connection().moved).await.ok()
+        };
         tokio::select! {
-            () = copying => {}
-            () = local.released() => {}
+            _ = copying => {}
+            () = life.cut() => {}
+            () = released => {}
         }
     });
     let switched = response.headers().get(header::UPGRADE).cloned();
@@ -93,4 +110,15 @@ pub(super) async fn switch(
         parts.headers.insert(header::UPGRADE, protocol);
     }
     Ok(Response::from_parts(parts, Body::default()))
+}
+
+/// The streams behind both sides, with what was read ahead.
+fn both(client: Upgraded, server: Upgraded) -> Option<(Prefixed<Stream>, Prefixed<Stream>)> {
+    let stream = |upgraded: Upgraded| {
+        let parts = upgraded.downcast::<TokioIo<Prefixed<Stream>>>().ok()?;
+        let mut stream = parts.io.into_inner();
+        stream.prepend(&parts.read_buf);
+        Some(stream)
+    };
+    Some((stream(client)?, stream(server)?))
 }

@@ -11,8 +11,8 @@ use http::{HeaderValue, Method, Request, Response, Uri, Version};
 use http_body::Body as _;
 
 use super::app_pool::AppKey;
-use super::body::{Body, Held};
-use super::context::Local;
+use super::body::Body;
+use super::context::{Life, Local};
 use super::error::{Error, Kind};
 use super::headers;
 use super::inbound::{self, Caller};
@@ -78,6 +78,7 @@ pub(super) struct From<'a> {
     /// The client socket's own address.
     pub(super) client: SocketAddr,
     pub(super) recorders: &'a Arc<Recorders>,
+    pub(super) life: &'a Arc<Life>,
 }
 
 impl From<'_> {
@@ -156,10 +157,7 @@ impl From<'_> {
             }
             self.sign(&mut request, to, http2)?;
             match lease.send(request).await {
-                Ok(response) => {
-                    let response = response.map(|body| Body::incoming(body).holding(Held::Mesh(lease)));
-                    return checked(response);
-                }
+                Ok(response) => return checked(response),
                 Err((_, Some(unsent))) if !fresh => {
                     request = unsent;
                     fresh = true;
@@ -189,16 +187,16 @@ impl From<'_> {
     async fn tunnel(&self, key: &PeerKey, to: SocketAddr) -> Result<Stream, Error> {
         let lease = self.proxy.mesh.stream(key, &*self.local.namespace).await?;
         let authority = Uri::try_from(to.to_string()).map_err(|cause| Error::new(Kind::Internal, cause))?;
-        let mut request = Request::new(Body::default());
+        let mut request = Request::new(());
         *request.method_mut() = Method::CONNECT;
         *request.uri_mut() = authority;
         *request.version_mut() = Version::HTTP_2;
         if let Ok(client) = HeaderValue::from_str(&self.client.to_string()) {
             request.headers_mut().insert(headers::CLIENT, client);
         }
-        let sent = tokio::time::timeout(CONNECT_TIMEOUT, lease.send(request)).await;
-        let sent = sent.map_err(|cause| Error::new(Kind::Connect, cause))?;
-        let response = sent.map_err(|(error, _)| Error::new(Kind::Connect, error))?;
+        let opened = tokio::time::timeout(CONNECT_TIMEOUT, lease.open(request)).await;
+        let opened = opened.map_err(|cause| Error::new(Kind::Connect, cause))?;
+        let (response, stream) = opened.map_err(|error| Error::new(Kind::Connect, error))?;
         if let Some(kind) = failure::announced(response.headers()) {
             return Err(kind.into());
         }
@@ -208,13 +206,16 @@ impl From<'_> {
                 format!("the peer's agent answered {}", response.status()),
             ));
         }
-        let upgraded = hyper::upgrade::on(response).await;
-        let upgraded = upgraded.map_err(|cause| Error::new(Kind::Connect, cause))?;
-        Ok(Stream::tunnel(upgraded, Some(lease)))
+        Ok(Stream::tunnel(stream, Some(lease)))
     }
 
     pub(super) fn caller(&self, dest: &Local) -> Caller {
-        let caller = Caller::new(Some(self.source.identity.clone()), self.client, dest);
+        let caller = Caller::new(
+            Some(self.source.identity.clone()),
+            self.client,
+            dest,
+            Arc::clone(self.life),
+        );
         Caller {
             recorders: Arc::clone(self.recorders),
             ..caller

@@ -1,0 +1,102 @@
+//! Serving the HTTP/2 connection of another agent.
+//!
+//! Invariants: one task a stream, ended when the peer gives the stream up; on drain the connection says so
+//! (GOAWAY), finishes what is under way and ends; what a peer may open, reset or leave unread is bounded.
+
+use std::future::{Future, poll_fn};
+use std::pin::pin;
+use std::time::Duration;
+
+use bytes::Bytes;
+use h2::server::{self, SendResponse};
+use h2::{Reason, RecvStream};
+use http::{Request, Response};
+use http_body::Body as _;
+use tokio::io::{AsyncRead, AsyncWrite};
+
+use super::body::Body;
+use super::mesh_stream::{self, CONNECTION_WINDOW, FRAME_BUDGET, STREAM_WINDOW};
+use super::serve::{MAX_HEAD, MAX_OUR_RESETS, MAX_PENDING_RESETS, MAX_STREAMS, PING_ANSWER, PING_EVERY};
+use crate::drain::DrainWatcher;
+
+/// How long a peer may take from its TLS handshake to its HTTP/2 preface.
+const PREFACE_TIMEOUT: Duration = Duration::from_secs(10);
+
+pub(super) async fn serve<I, F>(
+    io: I,
+    mut drain: DrainWatcher,
+    handle: impl Fn(Request<RecvStream>, SendResponse<Bytes>) -> F,
+) where
+    I: AsyncRead + AsyncWrite + Unpin,
+    F: Future<Output = ()> + Send + 'static,
+{
+    let handshake = server::Builder::new()
+        .initial_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .data_frame_budget(FRAME_BUDGET)
+        .max_concurrent_streams(MAX_STREAMS)
+        .max_header_list_size(MAX_HEAD)
+        .max_pending_accept_reset_streams(MAX_PENDING_RESETS)
+        .max_local_error_reset_streams(Some(MAX_OUR_RESETS))
+        .handshake(io);
+    let Ok(Ok(mut connection)) = tokio::time::timeout(PREFACE_TIMEOUT, handshake).await else {
+        return;
+    };
+    let mut unanswered = pin!(mesh_stream::unanswered(
+        connection.ping_pong(),
+        PING_EVERY,
+        PING_ANSWER
+    ));
+    let mut draining = false;
+    loop {
+        tokio::select! {
+            accepted = connection.accept() => match accepted {
+                Some(Ok((request, respond))) => {
+                    // Boxed: tokio moves it about until it is first polled.
+                    tokio::spawn(Box::pin(handle(request, respond)));
+                }
+                Some(Err(error)) => {
+                    tracing::debug!(%error, "an agent's connection broke");
+                    return;
+                }
+                None => return,
+            },
+            () = drain.draining(), if !draining => {
+                draining = true;
+                connection.graceful_shutdown();
+            }
+            () = &mut unanswered => {
+                tracing::debug!("an agent no longer answers pings");
+                return;
+            }
+        }
+    }
+}
+
+/// Sends the response that `answering` makes, unless the peer gives the stream up before it does.
+pub(super) async fn answer(
+    mut respond: SendResponse<Bytes>,
+    answering: impl Future<Output = Response<Body>>,
+) {
+    let answered = unless_reset(&mut respond, answering).await;
+    let Some(response) = answered else { return };
+    let (parts, body) = response.into_parts();
+    let ended = body.is_end_stream();
+    match respond.send_response(Response::from_parts(parts, ()), ended) {
+        Ok(stream) if !ended => mesh_stream::send(body, stream, Reason::INTERNAL_ERROR).await,
+        Ok(_) => {}
+        Err(error) => tracing::debug!(%error, "cannot answer an agent"),
+    }
+}
+
+/// What `work` gives, or `None` when the peer gives the stream up first.
+pub(super) async fn unless_reset<T>(
+    respond: &mut SendResponse<Bytes>,
+    work: impl Future<Output = T>,
+) -> Option<T> {
+    tokio::select! {
+        biased;
+        done = work => Some(done),
+        _ = poll_fn(|cx| respond.poll_reset(cx)) => None,
+    }
+}

@@ -1,0 +1,269 @@
+//! One HTTP/2 stream between two agents, from either side.
+//!
+//! On `h2` itself, not hyper: a stream that broke must look different from one that ended, all the way to the
+//! application. Invariants: what breaks is reset, with RST_STREAM one way and as an error the other, whatever its
+//! code; a receiver's window opens only as bytes are handed on; no empty frame is sent but the last (h2 allows a
+//! peer few of them).
+
+use std::future::poll_fn;
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::{Buf, Bytes};
+use h2::{Ping, PingPong, Reason, RecvStream, SendStream};
+use http::header::{CONTENT_LENGTH, HeaderMap};
+use http_body::{Body as _, Frame, SizeHint};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use super::body::{Body, BodyError};
+
+/// Windows of a stream and of a connection. The connection's is several times a stream's: with equal ones a stream
+/// that nobody reads could stop all the others.
+pub(super) const STREAM_WINDOW: u32 = 1 << 20;
+pub(super) const CONNECTION_WINDOW: u32 = 8 << 20;
+/// What small frames that wait for their readers may cost beyond their bytes. h2's default would close a connection,
+/// and all its streams, over some thousand small gRPC messages that one slow reader has not taken yet.
+pub(super) const FRAME_BUDGET: usize = 64 << 20;
+/// Bytes that one write hands to h2 at a time; bounds what a stream holds beside its window.
+const MAX_WRITE: usize = 64 * 1024;
+
+/// The receiving half as a body.
+#[derive(Debug)]
+pub(super) struct Receiving {
+    stream: RecvStream,
+    /// What `content-length` says is still to come.
+    length: Option<u64>,
+    data_ended: bool,
+}
+
+impl Receiving {
+    pub(super) fn new(headers: &HeaderMap, stream: RecvStream) -> Self {
+        let length = headers
+            .get(CONTENT_LENGTH)
+            .and_then(|length| length.to_str().ok());
+        Self {
+            length: length.and_then(|length| length.parse().ok()),
+            data_ended: stream.is_end_stream(),
+            stream,
+        }
+    }
+
+    pub(super) fn poll_frame(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        while !self.data_ended {
+            match ready!(self.stream.poll_data(cx)) {
+                Some(Ok(data)) => {
+                    // Fails only when the stream is gone, which the next poll tells.
+                    let _ = self.stream.flow_control().release_capacity(data.len());
+                    if let Some(length) = &mut self.length {
+                        *length = length.saturating_sub(data.len() as u64);
+                    }
+                    if !data.is_empty() {
+                        return Poll::Ready(Some(Ok(Frame::data(data))));
+                    }
+                }
+                Some(Err(error)) if is_end(&error) => return Poll::Ready(None),
+                Some(Err(error)) => return Poll::Ready(Some(Err(error.into()))),
+                None => self.data_ended = true,
+            }
+        }
+        if self.stream.is_end_stream() {
+            return Poll::Ready(None);
+        }
+        let trailers = ready!(self.stream.poll_trailers(cx));
+        Poll::Ready(match trailers {
+            Ok(trailers) => trailers.map(|trailers| Ok(Frame::trailers(trailers))),
+            Err(error) if is_end(&error) => None,
+            Err(error) => Some(Err(error.into())),
+        })
+    }
+
+    pub(super) fn is_end_stream(&self) -> bool {
+        self.stream.is_end_stream()
+    }
+
+    pub(super) fn size_hint(&self) -> SizeHint {
+        if self.is_end_stream() {
+            return SizeHint::with_exact(0);
+        }
+        self.length.map_or_else(SizeHint::default, SizeHint::with_exact)
+    }
+}
+
+/// Sends all of `body`. Returns early when the peer no longer wants it; a body that breaks resets the stream with
+/// `broken`.
+pub(super) async fn send(mut body: Body, mut stream: SendStream<Bytes>, broken: Reason) {
+    loop {
+        let frame = poll_fn(|cx| {
+            if stream.poll_reset(cx).is_ready() {
+                return Poll::Ready(Err(()));
+            }
+            Pin::new(&mut body).poll_frame(cx).map(Ok)
+        });
+        let Ok(frame) = frame.await else { return };
+        let sent = match frame {
+            None => stream.send_data(Bytes::new(), true),
+            Some(Err(_)) => return stream.send_reset(broken),
+            Some(Ok(frame)) => match frame.into_data() {
+                Ok(data) => {
+                    let last = body.is_end_stream();
+                    match send_data(&mut stream, data, last).await {
+                        Ok(()) if last => return,
+                        sent => sent,
+                    }
+                }
+                Err(frame) => match frame.into_trailers() {
+                    Ok(trailers) => {
+                        // The peer may be gone, which is its business.
+                        let _ = stream.send_trailers(trailers);
+                        return;
+                    }
+                    // No other kind of frame exists.
+                    Err(_) => Ok(()),
+                },
+            },
+        };
+        if sent.is_err() || body.is_end_stream() {
+            return;
+        }
+    }
+}
+
+/// Sends `data` as the window allows.
+async fn send_data(stream: &mut SendStream<Bytes>, mut data: Bytes, last: bool) -> Result<(), h2::Error> {
+    while !data.is_empty() {
+        let room = poll_fn(|cx| poll_room(stream, data.len(), cx)).await?;
+        let chunk = data.split_to(room.min(data.len()));
+        let end = last && data.is_empty();
+        stream.send_data(chunk, end)?;
+        if end {
+            return Ok(());
+        }
+    }
+    if last {
+        stream.send_data(Bytes::new(), true)?;
+    }
+    Ok(())
+}
+
+/// How much may be sent, once that is not nothing.
+fn poll_room(
+    stream: &mut SendStream<Bytes>,
+    wanted: usize,
+    cx: &mut Context<'_>,
+) -> Poll<Result<usize, h2::Error>> {
+    stream.reserve_capacity(wanted);
+    // h2 tells of new room only; what there is already must be asked for.
+    let mut room = stream.capacity();
+    while room == 0 {
+        room = match ready!(stream.poll_capacity(cx)) {
+            Some(room) => room?,
+            None => return Poll::Ready(Err(Reason::STREAM_CLOSED.into())),
+        };
+    }
+    Poll::Ready(Ok(room))
+}
+
+/// Both halves as a byte stream: what an HBONE `CONNECT` opens.
+#[derive(Debug)]
+pub(super) struct Duplex {
+    send: SendStream<Bytes>,
+    receive: RecvStream,
+    /// Received and not yet read.
+    rest: Bytes,
+    shut: bool,
+}
+
+impl Duplex {
+    pub(super) fn new(send: SendStream<Bytes>, receive: RecvStream) -> Self {
+        Self {
+            send,
+            receive,
+            rest: Bytes::new(),
+            shut: false,
+        }
+    }
+
+    /// Tells the peer that the connection behind this end broke (RFC 9113, section 8.5).
+    pub(super) fn reset(&mut self) {
+        self.send.send_reset(Reason::CONNECT_ERROR);
+    }
+}
+
+impl AsyncRead for Duplex {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        while self.rest.is_empty() {
+            match ready!(self.receive.poll_data(cx)) {
+                Some(Ok(data)) => self.rest = data,
+                Some(Err(error)) if !is_end(&error) => return Poll::Ready(Err(broken(error))),
+                Some(Err(_)) | None => return Poll::Ready(Ok(())),
+            }
+        }
+        let n = self.rest.len().min(buf.remaining());
+        buf.put_slice(&self.rest[..n]);
+        self.rest.advance(n);
+        // Fails only when the stream is gone, which the next poll tells.
+        let _ = self.receive.flow_control().release_capacity(n);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Duplex {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        if buf.is_empty() {
+            return Poll::Ready(Ok(0));
+        }
+        let room = ready!(poll_room(&mut self.send, buf.len().min(MAX_WRITE), cx)).map_err(broken)?;
+        let n = room.min(buf.len());
+        let sent = self.send.send_data(Bytes::copy_from_slice(&buf[..n]), false);
+        Poll::Ready(sent.map(|()| n).map_err(broken))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // The connection's task writes what it was given.
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.shut {
+            return Poll::Ready(Ok(()));
+        }
+        self.shut = true;
+        Poll::Ready(self.send.send_data(Bytes::new(), true).map_err(broken))
+    }
+}
+
+/// A server that has sent everything says with this reset only that it wants no more (RFC 9113, section 8.1).
+fn is_end(error: &h2::Error) -> bool {
+    error.is_reset() && error.reason() == Some(Reason::NO_ERROR)
+}
+
+/// Whatever its code, any other reset is what a reset of a socket is.
+fn broken(error: h2::Error) -> io::Error {
+    io::Error::new(io::ErrorKind::ConnectionReset, error)
+}
+
+/// Returns when the peer has left a ping without an answer.
+pub(super) async fn unanswered(pings: Option<PingPong>, every: Duration, patience: Duration) {
+    // h2 hands them out once for each connection.
+    let Some(mut pings) = pings else {
+        return std::future::pending().await;
+    };
+    loop {
+        tokio::time::sleep(every).await;
+        match tokio::time::timeout(patience, pings.ping(Ping::opaque())).await {
+            Ok(Ok(_)) => {}
+            // The connection ended; it tells by itself.
+            Ok(Err(_)) => return std::future::pending().await,
+            Err(_) => return,
+        }
+    }
+}
