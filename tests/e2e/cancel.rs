@@ -1,10 +1,15 @@
 //! Requests that are given up: by the client, or by the agent that tries elsewhere.
 
+use std::io::{BufReader, Read, Write};
+use std::net::TcpListener;
+use std::sync::mpsc;
+use std::thread;
 use std::time::Duration;
 
 use mesh_tests::{Agent, PodSpec, shell, until_ok};
+use socket2::SockRef;
 
-use crate::common::{HTTP, WEB_V4, wait_until, web};
+use crate::common::{HTTP, WEB_V4, connect, read_head, wait_until, web};
 
 /// Until `agent` has counted `expected` requests that ended so.
 fn counts(agent: &Agent, code: &str, flags: &str, expected: f64) {
@@ -73,4 +78,44 @@ fn a_request_that_no_proxy_may_pass_on_is_counted() {
         &[("response_code", "400"), ("response_flags", "DPE")],
     );
     assert!(counted >= 1.0, "{counted}");
+}
+
+#[test]
+fn an_application_is_not_kept_at_work_for_a_client_that_reset() {
+    let mut web = web();
+    let thinker = web.mesh.pod(PodSpec::new("thinker", 1)).unwrap();
+    let listener = thinker
+        .netns
+        .enter(|| TcpListener::bind((thinker.v4, HTTP)).unwrap())
+        .unwrap();
+    let (asked, heard) = mpsc::channel();
+    let application = thread::spawn(move || {
+        // More than one connection may come, to learn who speaks first: the one with a request counts.
+        loop {
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+            let mut first = [0];
+            if stream.read(&mut first).unwrap_or(0) == 0 {
+                continue;
+            }
+            read_head(&mut BufReader::new(stream.try_clone().unwrap()));
+            asked.send(()).unwrap();
+            // A timeout is `WouldBlock`; anything else is an end.
+            return match stream.read(&mut first) {
+                Ok(read) => read == 0,
+                Err(error) => error.kind() == std::io::ErrorKind::ConnectionReset,
+            };
+        }
+    });
+    let client = connect(&web.client, thinker.at(HTTP));
+    (&client)
+        .write_all(b"GET /think HTTP/1.1\r\nhost: thinker\r\n\r\n")
+        .unwrap();
+    heard.recv_timeout(Duration::from_secs(10)).unwrap();
+    SockRef::from(&client).set_linger(Some(Duration::ZERO)).unwrap();
+    drop(client);
+    assert!(application.join().unwrap(), "its connection ended");
+    for agent in &web.mesh.agents {
+        counts(agent, "0", "DC", 1.0);
+    }
 }

@@ -13,6 +13,7 @@ mod context;
 mod detect;
 mod error;
 mod failure;
+mod hangup;
 mod headers;
 mod inbound;
 mod inbound_http;

@@ -1,7 +1,8 @@
 //! Serving HTTP on a stream, whichever version.
 //!
 //! Invariants: a message's head, the number of streams and what a peer may reset are bounded; on drain the
-//! connection says so (`Connection: close`, GOAWAY), finishes what is under way and ends.
+//! connection says so (`Connection: close`, GOAWAY), finishes what is under way and ends; what is done for a client
+//! that is gone ends with its connection.
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -16,6 +17,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::body::Body;
+use super::hangup::Watched;
 use super::mesh_stream::{CONNECTION_WINDOW, STREAM_WINDOW};
 use crate::drain::DrainWatcher;
 
@@ -39,6 +41,7 @@ where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     F: Future<Output = Response<Body>>,
 {
+    let (io, _watch) = Watched::new(io);
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .half_close(true)

@@ -17,6 +17,7 @@ use super::body::Body;
 use super::context::{Life, Local};
 use super::detect::Prefixed;
 use super::error::{Error, Kind};
+use super::hangup::Watched;
 use super::inbound::{self, Caller};
 use super::inbound_http::Measured;
 use super::stream::Stream;
@@ -114,11 +115,12 @@ pub(super) async fn switch(
 
 /// The streams behind both sides, with what was read ahead.
 fn both(client: Upgraded, server: Upgraded) -> Option<(Prefixed<Stream>, Prefixed<Stream>)> {
-    let stream = |upgraded: Upgraded| {
-        let parts = upgraded.downcast::<TokioIo<Prefixed<Stream>>>().ok()?;
-        let mut stream = parts.io.into_inner();
-        stream.prepend(&parts.read_buf);
-        Some(stream)
-    };
-    Some((stream(client)?, stream(server)?))
+    let served = client.downcast::<TokioIo<Watched<Prefixed<Stream>>>>().ok()?;
+    let (mut client, ahead) = served.io.into_inner().into_inner();
+    client.prepend(ahead.as_slice());
+    client.prepend(&served.read_buf);
+    let opened = server.downcast::<TokioIo<Prefixed<Stream>>>().ok()?;
+    let mut server = opened.io.into_inner();
+    server.prepend(&opened.read_buf);
+    Some((client, server))
 }
