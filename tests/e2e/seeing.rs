@@ -6,7 +6,7 @@ use anyhow::Context;
 use mesh_tests::{Options, http, until_ok};
 use serde_json::Value;
 
-use crate::common::{WEB_V4, web, web_with};
+use crate::common::{HTTP, WEB_V4, wait_until, web, web_with};
 
 #[test]
 fn both_agents_count_exactly_what_was_sent() {
@@ -185,4 +185,43 @@ fn the_access_log_has_a_line_for_each_request() {
         );
         assert_eq!(agent.log().matches("find-me").count(), 1);
     }
+}
+
+#[test]
+fn one_endpoint_behind_two_services_is_counted_for_each() {
+    let web = web();
+    web.mesh
+        .service("also", &["10.96.0.61"], &[("http", 80, HTTP)], "web")
+        .unwrap();
+    web.mesh
+        .apply(
+            "route",
+            "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: web, namespace: shop}\n\
+             spec:\n  parentRefs: [{group: '', kind: Service, name: web}]\n  rules:\n    \
+             - filters: [{type: ResponseHeaderModifier, responseHeaderModifier: {set: [{name: x-route, value: 'on'}]}}]\n      \
+             backendRefs: [{name: web, port: 80}, {name: also, port: 80}]\n",
+        )
+        .unwrap();
+    let url = format!("http://{WEB_V4}/status/418");
+    wait_until(&web.client, &[&format!("http://{WEB_V4}/")], |response| {
+        response.header("x-route") == Some("on")
+    });
+    web.client
+        .load(&[&url, "--requests", "300", "--connections", "1"])
+        .unwrap();
+    until_ok("both services to be counted", Duration::from_secs(3), || {
+        let metrics = web.mesh.agents[0].metrics()?;
+        let of = |service: &str| {
+            let labels = [("destination_service", service), ("response_code", "418")];
+            metrics.sum("istio_requests_total", &labels)
+        };
+        let counted = (
+            of("web.shop.svc.cluster.local"),
+            of("also.shop.svc.cluster.local"),
+        );
+        anyhow::ensure!(counted.0 > 90.0 && counted.1 > 90.0, "{counted:?}");
+        anyhow::ensure!((counted.0 + counted.1 - 300.0).abs() < 0.1, "{counted:?}");
+        Ok(())
+    })
+    .unwrap();
 }

@@ -116,6 +116,7 @@ impl Measured {
             inbound: true,
             one: SocketAddr::new(caller.client.ip(), 0),
             other: Some(to),
+            service: None,
         };
         let recorder = caller.recorders.get(snapshot.generation, key, || {
             inbound::with_peers(&snapshot, dest, caller, to, |peers| proxy.metrics().http(peers))

@@ -202,13 +202,15 @@ impl Attempts<'_> {
                 self.outbound.proxy.rest(endpoint);
             }
             let replayable = replay.as_ref().is_none_or(Replayable::is_replayable);
-            match retry::decide(failure, &method, tried.tries, replayable, &self.plan.retry) {
-                Decision::Retry if failure.is_harmless() || self.outbound.proxy.may_retry() => {}
-                Decision::Exhausted => {
-                    tried.exhausted = true;
-                    return result;
+            let decision = retry::decide(failure, &method, tried.tries, replayable, &self.plan.retry);
+            tried.exhausted = decision == Decision::Exhausted;
+            let again =
+                decision == Decision::Retry && (failure.is_harmless() || self.outbound.proxy.may_retry());
+            if !again {
+                if let Some(replay) = &replay {
+                    replay.settle();
                 }
-                Decision::Retry | Decision::Stop => return result,
+                return result;
             }
             drop(result);
             tried.in_flight = None;
@@ -376,6 +378,7 @@ impl Asked<'_> {
             inbound: false,
             one: self.outbound.original,
             other: last.map(|(endpoint, _)| endpoint.address),
+            service: service.map(|service| std::ptr::from_ref(service).addr()),
         };
         self.outbound.recorders.get(self.snapshot.generation, key, || {
             self.outbound.proxy.metrics().http(&match last {

@@ -28,6 +28,9 @@ pub(super) struct Exchanging {
     pub(super) one: SocketAddr,
     /// The endpoint.
     pub(super) other: Option<SocketAddr>,
+    /// Which of the snapshot's services it was chosen for: one endpoint may be behind several. By address, which
+    /// is cheap and means the same for as long as a handle is used.
+    pub(super) service: Option<usize>,
 }
 
 impl Recorders {

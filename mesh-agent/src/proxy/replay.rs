@@ -1,7 +1,8 @@
 //! A request body that can be sent again.
 //!
-//! Invariants: at most [`REPLAY_LIMIT`] bytes are kept; past that the body streams on but is no longer
-//! replayable. Only one try reads at a time: a new try takes the body over from the one before.
+//! Invariants: at most [`REPLAY_LIMIT`] bytes are kept, and none once the last try is known; past that the body
+//! streams on but is no longer replayable. Only one try reads at a time: a new try takes the body over from the one
+//! before.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -9,24 +10,29 @@ use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use http::HeaderMap;
-use http_body::{Body as _, Frame};
+use http_body::Frame;
 use hyper::body::Incoming;
+
+use super::body::BodyError;
 
 /// The same as Linkerd's and Envoy's usual retry buffer.
 pub(super) const REPLAY_LIMIT: usize = 64 * 1024;
 
 /// The body of one request over all its tries.
-#[derive(Clone, Debug)]
-pub(super) struct Replayable(Arc<Mutex<Shared>>);
+#[derive(Debug)]
+pub(super) struct Replayable<B = Incoming>(Arc<Mutex<Shared<B>>>);
 
 #[derive(Debug)]
-struct Shared {
-    rest: Incoming,
+struct Shared<B> {
+    rest: B,
     kept: Vec<Bytes>,
     kept_bytes: usize,
+    /// Chunks of `kept` already given to the present try.
+    given: usize,
     trailers: Option<HeaderMap>,
+    trailers_given: bool,
     ended: bool,
-    /// More was read than is kept.
+    /// More was read than is kept, or no try will follow.
     overflowed: bool,
     /// Counts tries; an older one that is still polled gets an error instead of the newer one's bytes.
     owner: u32,
@@ -34,22 +40,25 @@ struct Shared {
 
 /// One try's view of the body.
 #[derive(Debug)]
-pub(super) struct Replay {
-    shared: Arc<Mutex<Shared>>,
+pub(super) struct Replay<B = Incoming> {
+    shared: Arc<Mutex<Shared<B>>>,
     owner: u32,
-    /// Chunks of `kept` already given to this try.
-    given: usize,
-    trailers_given: bool,
 }
 
-impl Replayable {
-    pub(super) fn new(body: Incoming) -> Self {
+impl<B> Replayable<B>
+where
+    B: http_body::Body<Data = Bytes> + Unpin,
+    B::Error: Into<BodyError>,
+{
+    pub(super) fn new(body: B) -> Self {
         Self(Arc::new(Mutex::new(Shared {
             ended: body.is_end_stream(),
             rest: body,
             kept: Vec::new(),
             kept_bytes: 0,
+            given: 0,
             trailers: None,
+            trailers_given: false,
             overflowed: false,
             owner: 0,
         })))
@@ -61,45 +70,62 @@ impl Replayable {
     }
 
     /// The body for a new try; an older try's view ends with an error.
-    pub(super) fn start(&self) -> Replay {
+    pub(super) fn start(&self) -> Replay<B> {
         let mut shared = lock(&self.0);
         shared.owner += 1;
+        shared.given = 0;
+        shared.trailers_given = false;
         Replay {
             shared: Arc::clone(&self.0),
             owner: shared.owner,
-            given: 0,
-            trailers_given: false,
         }
+    }
+
+    /// No try follows the present one: nothing needs to be kept any more.
+    pub(super) fn settle(&self) {
+        let mut shared = lock(&self.0);
+        shared.overflowed = true;
+        shared.forget_given();
     }
 }
 
-impl Replay {
+impl<B> Replay<B>
+where
+    B: http_body::Body<Data = Bytes> + Unpin,
+    B::Error: Into<BodyError>,
+{
     pub(super) fn poll_frame(
         &mut self,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, super::body::BodyError>>> {
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let shared = &mut *lock(&self.shared);
         if shared.owner != self.owner {
             return Poll::Ready(Some(Err("the request is being tried again".into())));
         }
-        if let Some(chunk) = shared.kept.get(self.given) {
-            self.given += 1;
-            return Poll::Ready(Some(Ok(Frame::data(chunk.clone()))));
+        if let Some(chunk) = shared.kept.get(shared.given).cloned() {
+            shared.given += 1;
+            if shared.overflowed {
+                shared.forget_given();
+            }
+            return Poll::Ready(Some(Ok(Frame::data(chunk))));
         }
         if shared.ended {
-            let trailers = shared.trailers.as_ref().filter(|_| !self.trailers_given).cloned();
-            self.trailers_given = true;
+            let trailers = shared
+                .trailers
+                .as_ref()
+                .filter(|_| !shared.trailers_given)
+                .cloned();
+            shared.trailers_given = true;
             return Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers))));
         }
         match std::task::ready!(Pin::new(&mut shared.rest).poll_frame(cx)) {
             Some(Ok(frame)) => {
                 if let Some(data) = frame.data_ref() {
                     shared.keep(data);
-                    self.given = shared.kept.len();
                 } else if let Some(trailers) = frame.trailers_ref() {
                     shared.trailers = Some(trailers.clone());
                     shared.ended = true;
-                    self.trailers_given = true;
+                    shared.trailers_given = true;
                 }
                 Poll::Ready(Some(Ok(frame)))
             }
@@ -114,14 +140,18 @@ impl Replay {
         }
     }
 
+    /// Never for a try that is over: whoever still sends it must not take it for a whole body.
     pub(super) fn is_end_stream(&self) -> bool {
         let shared = lock(&self.shared);
-        shared.ended && self.given >= shared.kept.len() && (self.trailers_given || shared.trailers.is_none())
+        shared.owner == self.owner
+            && shared.ended
+            && shared.given >= shared.kept.len()
+            && (shared.trailers_given || shared.trailers.is_none())
     }
 
     pub(super) fn size_hint(&self) -> http_body::SizeHint {
         let shared = lock(&self.shared);
-        let ahead: u64 = shared.kept[self.given.min(shared.kept.len())..]
+        let ahead: u64 = shared.kept[shared.given.min(shared.kept.len())..]
             .iter()
             .map(|chunk| chunk.len() as u64)
             .sum();
@@ -139,23 +169,129 @@ impl Replay {
     }
 }
 
-impl Shared {
+impl<B> Shared<B> {
+    /// Keeps what is being given to the present try.
     fn keep(&mut self, data: &Bytes) {
-        if data.is_empty() {
+        if data.is_empty() || self.overflowed {
             return;
         }
         // With what keeping it costs, or a body in pieces of one byte could cost many times the limit.
         self.kept_bytes = self.kept_bytes.saturating_add(data.len() + size_of::<Bytes>());
-        if self.overflowed || self.kept_bytes > REPLAY_LIMIT {
+        if self.kept_bytes > REPLAY_LIMIT {
             self.overflowed = true;
-            self.kept.clear();
+            self.forget_given();
         } else {
             self.kept.push(data.clone());
+            self.given = self.kept.len();
+        }
+    }
+
+    fn forget_given(&mut self) {
+        self.kept.drain(..self.given.min(self.kept.len()));
+        self.given = 0;
+        if self.kept.is_empty() {
+            self.kept = Vec::new();
         }
     }
 }
 
 /// A panic while the lock was held leaves plain data that is still consistent enough to end the request with.
-fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
+fn lock<B>(shared: &Mutex<Shared<B>>) -> MutexGuard<'_, Shared<B>> {
     shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+    use std::convert::Infallible;
+
+    use super::*;
+
+    /// A body of these chunks.
+    #[derive(Debug)]
+    struct Chunks(VecDeque<Bytes>);
+
+    impl http_body::Body for Chunks {
+        type Data = Bytes;
+        type Error = Infallible;
+
+        fn poll_frame(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+            Poll::Ready(self.0.pop_front().map(|chunk| Ok(Frame::data(chunk))))
+        }
+    }
+
+    fn body(chunks: &[&'static str]) -> Replayable<Chunks> {
+        Replayable::new(Chunks(
+            chunks
+                .iter()
+                .map(|chunk| Bytes::from_static(chunk.as_bytes()))
+                .collect(),
+        ))
+    }
+
+    /// The next chunk; empty at the end, `None` for an error.
+    fn next(replay: &mut Replay<Chunks>) -> Option<Bytes> {
+        let mut cx = Context::from_waker(std::task::Waker::noop());
+        match replay.poll_frame(&mut cx) {
+            Poll::Ready(Some(Ok(frame))) => frame.into_data().ok(),
+            Poll::Ready(Some(Err(_))) => None,
+            Poll::Ready(None) => Some(Bytes::new()),
+            Poll::Pending => panic!("the chunks are all there"),
+        }
+    }
+
+    fn rest(replay: &mut Replay<Chunks>) -> String {
+        std::iter::from_fn(|| next(replay).filter(|chunk| !chunk.is_empty()))
+            .map(|chunk| String::from_utf8(chunk.to_vec()).unwrap())
+            .collect()
+    }
+
+    fn kept(body: &Replayable<Chunks>) -> usize {
+        lock(&body.0).kept.iter().map(Bytes::len).sum()
+    }
+
+    #[test]
+    fn each_try_reads_the_whole_and_the_one_before_no_more() {
+        let body = body(&["one ", "two ", "three"]);
+        let mut first = body.start();
+        assert_eq!(next(&mut first).unwrap(), "one ");
+        let mut second = body.start();
+        assert!(next(&mut first).is_none(), "it is over");
+        assert_eq!(rest(&mut second), "one two three");
+        assert!(second.is_end_stream());
+        assert!(!first.is_end_stream(), "it has not sent the whole");
+        assert!(body.is_replayable());
+    }
+
+    #[test]
+    fn nothing_is_kept_once_no_try_can_follow() {
+        let body = body(&["one ", "two ", "three ", "four"]);
+        let mut first = body.start();
+        next(&mut first);
+        next(&mut first);
+        let mut second = body.start();
+        assert_eq!(next(&mut second).unwrap(), "one ");
+        body.settle();
+        assert!(!body.is_replayable());
+        assert_eq!(kept(&body), "two ".len(), "what this try has still to send");
+        assert_eq!(next(&mut second).unwrap(), "two ");
+        assert_eq!(kept(&body), 0);
+        assert_eq!(rest(&mut second), "three four");
+        assert_eq!(kept(&body), 0);
+    }
+
+    #[test]
+    fn a_body_beyond_the_limit_passes_and_is_not_kept() {
+        let large: &'static str = "x".repeat(REPLAY_LIMIT / 2).leak();
+        let body = body(&[large, large, large]);
+        let mut first = body.start();
+        next(&mut first);
+        assert!(kept(&body) > 0 && body.is_replayable());
+        assert_eq!(rest(&mut first).len(), 2 * large.len());
+        assert_eq!(kept(&body), 0);
+        assert!(!body.is_replayable());
+    }
 }
