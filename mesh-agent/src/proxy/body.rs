@@ -13,6 +13,7 @@ use http_body::{Body as _, Frame, SizeHint};
 use hyper::body::Incoming;
 
 use super::app_pool::Lease;
+use super::app_streams::Place;
 use super::mesh_pool::{Sending, StreamLease};
 use super::mesh_stream::Receiving;
 use super::record::{Exchange, Tail};
@@ -58,6 +59,8 @@ pub(super) enum Held {
     Nothing,
     /// A connection to an application, given back at a clean end.
     App(Lease),
+    /// A stream's place on a connection to an application.
+    Place(#[expect(dead_code, reason = "held for its Drop")] Place),
     /// A stream's place on a pooled mTLS connection, and the sending of its request.
     Mesh(
         #[expect(dead_code, reason = "held for its Drop")] StreamLease,

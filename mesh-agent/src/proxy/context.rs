@@ -11,6 +11,7 @@ use std::time::SystemTime;
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
+use super::app_pool::AppPool;
 use super::tcp::Moved;
 use crate::dns::Resolver;
 use crate::drain::DrainWatcher;
@@ -22,6 +23,10 @@ use crate::sock::Namespace;
 pub struct Local {
     /// `namespace/name`
     pub uid: Arc<str>,
+    /// Tells this enrolment from all others of this process, also of the same workload.
+    pub(super) enrolment: u64,
+    /// Its connections to applications.
+    pub(super) apps: AppPool,
     pub namespace: Arc<dyn Namespace>,
     /// Answers its DNS over TCP.
     pub resolver: Resolver,
@@ -40,8 +45,11 @@ pub struct Usage {
 
 impl Local {
     pub fn new(workload: Arc<Workload>, namespace: Arc<dyn Namespace>, resolver: Resolver) -> Arc<Self> {
+        static ENROLMENTS: AtomicU64 = AtomicU64::new(0);
         Arc::new(Self {
             uid: workload.uid().into(),
+            enrolment: ENROLMENTS.fetch_add(1, Ordering::Relaxed),
+            apps: AppPool::default(),
             namespace,
             resolver,
             workload: ArcSwap::new(workload),
@@ -62,6 +70,11 @@ impl Local {
     /// Ends all that is done on its behalf: sockets of ours would keep a deleted network namespace alive.
     pub fn release(&self) {
         self.released.send_replace(true);
+        self.apps.close();
+    }
+
+    pub(super) fn is_released(&self) -> bool {
+        *self.released.borrow()
     }
 
     pub async fn released(&self) {
@@ -78,6 +91,14 @@ pub struct Locals(ArcSwap<HashMap<IpAddr, Arc<Local>>>);
 impl Locals {
     pub fn get(&self, address: IpAddr) -> Option<Arc<Local>> {
         self.0.load().get(&address).cloned()
+    }
+
+    /// Each once, however many addresses it has.
+    pub(super) fn all(&self) -> Vec<Arc<Local>> {
+        let mut all: Vec<_> = self.0.load().values().cloned().collect();
+        all.sort_unstable_by_key(|local| local.enrolment);
+        all.dedup_by_key(|local| local.enrolment);
+        all
     }
 
     pub fn replace(&self, locals: HashMap<IpAddr, Arc<Local>>) {

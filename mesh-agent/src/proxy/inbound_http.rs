@@ -87,14 +87,13 @@ pub(super) async fn deliver(
         Ok(()) => {
             headers::set_client_certificate(&mut parts.headers, caller.xfcc.as_ref());
             let key = AppKey {
-                from: Arc::clone(&dest.uid),
                 present: Some(caller.client.ip()),
                 to,
                 tunnel: None,
             };
             let request = Request::from_parts(parts, body.counted(measured.exchange()));
             let connect = async || inbound::connect_app(dest, to, caller.client).await;
-            upstream::send_app(proxy, key, (request, http2), connect).await
+            upstream::send_app(&dest.apps, key, (request, http2), connect).await
         }
     };
     measured.end(to, sent, audience)

@@ -23,6 +23,7 @@ use tokio::time::Instant;
 use tokio_rustls::TlsConnector;
 
 use super::body::{Body, Held};
+use super::context::Local;
 use super::error::{Error, Kind};
 use super::failure;
 use super::mesh_stream::{self, CONNECTION_WINDOW, Duplex, FRAME_BUDGET, Receiving, STREAM_WINDOW};
@@ -45,7 +46,8 @@ const PING_ANSWER: Duration = Duration::from_secs(10);
 /// Everything that tells one peer, seen by one client, from another.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct PeerKey {
-    pub(super) source: Arc<str>,
+    /// The enrolment of the workload that it leaves from: a later one has another network namespace.
+    pub(super) source: u64,
     pub(super) source_identity: Identity,
     pub(super) peer_identity: Identity,
     pub(super) address: IpAddr,
@@ -181,11 +183,7 @@ impl MeshPool {
     }
 
     /// A stream to the agent beside `key.address`, over a connection that is there or a new one.
-    pub(super) async fn stream(
-        &self,
-        key: &PeerKey,
-        namespace: &dyn Namespace,
-    ) -> Result<StreamLease, Error> {
+    pub(super) async fn stream(&self, key: &PeerKey, local: &Local) -> Result<StreamLease, Error> {
         let peer = {
             let mut peers = lock(&self.peers);
             match peers.get(key) {
@@ -198,7 +196,7 @@ impl MeshPool {
         }
         let failures = peer.failures.load(Ordering::Relaxed);
         // Boxed, as all that is rare: the future of each request would else hold the room for a handshake.
-        let opening = Box::pin(self.open(&peer, key, namespace, failures));
+        let opening = Box::pin(self.open(&peer, key, local, failures));
         let opened = tokio::time::timeout(CONNECT_TIMEOUT, opening).await;
         let opened = opened.unwrap_or_else(|_| Err(Error::new(Kind::Connect, "mTLS connect timed out")));
         opened.inspect_err(|error| {
@@ -213,7 +211,7 @@ impl MeshPool {
         &self,
         peer: &Peer,
         key: &PeerKey,
-        namespace: &dyn Namespace,
+        local: &Local,
         failures: u64,
     ) -> Result<StreamLease, Error> {
         let _connecting = peer.connecting.lock().await;
@@ -232,10 +230,13 @@ impl MeshPool {
                 "another request just failed to connect",
             ));
         }
-        let connection = self.connect(key, namespace).await?;
+        let connection = self.connect(key, &*local.namespace).await?;
         self.tls.metrics.agent().upstream_connects.inc();
         let lease = StreamLease(Arc::new(connection));
         lock(&peer.connections).push(Arc::clone(&lease.0));
+        if local.is_released() {
+            self.forget(key.source);
+        }
         Ok(lease)
     }
 
@@ -255,8 +256,8 @@ impl MeshPool {
     }
 
     /// Closes what leaves from a workload that is gone.
-    pub(super) fn forget(&self, workload: &str) {
-        lock(&self.peers).retain(|key, _| &*key.source != workload);
+    pub(super) fn forget(&self, source: u64) {
+        lock(&self.peers).retain(|key, _| key.source != source);
     }
 
     pub(super) fn connections(&self) -> usize {

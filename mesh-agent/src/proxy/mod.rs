@@ -8,6 +8,7 @@
 //! traits; every loop, queue, pool and buffer has a named bound; a panic in one connection ends that one.
 
 mod app_pool;
+mod app_streams;
 mod body;
 mod context;
 mod detect;
@@ -81,7 +82,6 @@ pub struct Proxy {
     access_log: AccessLog,
     pub locals: Locals,
     pub connections: Connections,
-    apps: app_pool::AppPool,
     mesh: mesh_pool::MeshPool,
     retries: Budget,
     turns: std::sync::atomic::AtomicU64,
@@ -100,7 +100,6 @@ impl Proxy {
             access_log: inputs.access_log,
             locals: Locals::default(),
             connections: Connections::default(),
-            apps: app_pool::AppPool::default(),
             mesh: mesh_pool::MeshPool::new(tls),
             retries: Budget::new(Duration::ZERO),
             turns: std::sync::atomic::AtomicU64::new(0),
@@ -140,9 +139,12 @@ impl Proxy {
         loop {
             tokio::select! {
                 _ = every.tick() => {
-                    self.apps.sweep();
                     self.mesh.sweep();
-                    let pooled = self.apps.idle() + self.mesh.connections();
+                    let mut pooled = self.mesh.connections();
+                    for local in self.locals.all() {
+                        local.apps.sweep();
+                        pooled += local.apps.kept();
+                    }
                     self.metrics().agent().pool_connections.set(i64::try_from(pooled).unwrap_or(i64::MAX));
                 }
                 () = drain.draining() => return,
@@ -153,8 +155,7 @@ impl Proxy {
     /// Ends all that is done for a workload that is gone.
     pub fn forget(&self, local: &Local) {
         local.release();
-        self.apps.forget(&local.uid);
-        self.mesh.forget(&local.uid);
+        self.mesh.forget(local.enrolment);
     }
 
     pub(crate) fn metrics(&self) -> &Metrics {

@@ -10,7 +10,7 @@ use http::header::{CONTENT_LENGTH, TRANSFER_ENCODING};
 use http::{HeaderValue, Method, Request, Response, Uri, Version};
 use http_body::Body as _;
 
-use super::app_pool::AppKey;
+use super::app_pool::{AppKey, AppPool};
 use super::body::Body;
 use super::context::{Life, Local};
 use super::error::{Error, Kind};
@@ -54,7 +54,7 @@ impl Way {
             return Self::Local(local);
         }
         Self::Mesh(Box::new(PeerKey {
-            source: Arc::clone(&from.uid),
+            source: from.enrolment,
             source_identity: source.identity.clone(),
             peer_identity: workload.identity.clone(),
             address: endpoint.address.ip(),
@@ -120,13 +120,12 @@ impl From<'_> {
             Way::Mesh(key) => self.send_mesh(key, to, request, http2).await,
             Way::Clear => {
                 let key = AppKey {
-                    from: Arc::clone(&self.local.uid),
                     present: None,
                     to,
                     tunnel: None,
                 };
                 let connect = async || self.stream(&Way::Clear, to).await;
-                Box::pin(send_app(self.proxy, key, (request, http2), connect)).await
+                Box::pin(send_app(&self.local.apps, key, (request, http2), connect)).await
             }
         }
     }
@@ -142,18 +141,17 @@ impl From<'_> {
         // A connection that turns out to be closed when used gave the request back: one more may be newer.
         let mut fresh = false;
         loop {
-            let lease = self.proxy.mesh.stream(key, &*self.local.namespace).await?;
+            let lease = self.proxy.mesh.stream(key, self.local).await?;
             if !lease.native() {
                 drop(lease);
                 let tunnel = Some((key.source_identity.clone(), key.peer_identity.clone()));
                 let key_in = AppKey {
-                    from: Arc::clone(&self.local.uid),
                     present: None,
                     to,
                     tunnel,
                 };
                 let connect = async || self.tunnel(key, to).await;
-                return Box::pin(send_app(self.proxy, key_in, (request, http2), connect)).await;
+                return Box::pin(send_app(&self.local.apps, key_in, (request, http2), connect)).await;
             }
             self.sign(&mut request, to, http2)?;
             match lease.send(request).await {
@@ -185,7 +183,7 @@ impl From<'_> {
 
     /// An HBONE stream.
     async fn tunnel(&self, key: &PeerKey, to: SocketAddr) -> Result<Stream, Error> {
-        let lease = self.proxy.mesh.stream(key, &*self.local.namespace).await?;
+        let lease = self.proxy.mesh.stream(key, self.local).await?;
         let authority = Uri::try_from(to.to_string()).map_err(|cause| Error::new(Kind::Internal, cause))?;
         let mut request = Request::new(());
         *request.method_mut() = Method::CONNECT;
@@ -225,7 +223,7 @@ impl From<'_> {
 
 /// Sends a request over a connection to an application.
 pub(super) async fn send_app(
-    proxy: &Proxy,
+    pool: &AppPool,
     key: AppKey,
     (request, http2): (Request<Body>, bool),
     connect: impl AsyncFnOnce() -> Result<Stream, Error>,
@@ -233,9 +231,7 @@ pub(super) async fn send_app(
     let (mut parts, body) = request.into_parts();
     let mut response = if http2 {
         parts.version = Version::HTTP_2;
-        proxy
-            .apps
-            .send_http2(key, Request::from_parts(parts, body), connect)
+        pool.send_http2(key, Request::from_parts(parts, body), connect)
             .await?
     } else {
         headers::origin_form(&mut parts);
@@ -248,9 +244,7 @@ pub(super) async fn send_app(
                 .headers
                 .insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
         }
-        proxy
-            .apps
-            .send_http1(key, Request::from_parts(parts, body), connect)
+        pool.send_http1(key, Request::from_parts(parts, body), connect)
             .await?
     };
     headers::strip_hop_by_hop(response.headers_mut());
