@@ -303,3 +303,31 @@ fn many_destinations_from_one_source_port() {
     assert_eq!((greeter, echo), (address(GREETER, 25), address(ECHO, 7)));
     assert_eq!(local, client.at(45_678));
 }
+
+#[test]
+fn connections_that_live_count_for_balancing() {
+    let (mut mesh, client, _peer) = tcp();
+    let mut second = mesh.pod(PodSpec::new("second", 1).label("app", "peer")).unwrap();
+    second.serve(&mesh.run, "greeter", 2525).unwrap();
+    let greeted = || -> anyhow::Result<_> {
+        let stream = try_connect(&client, address(GREETER, 25))?;
+        let mut line = String::new();
+        BufReader::new(&stream).read_line(&mut line)?;
+        Ok((stream, line))
+    };
+    until_ok("the second pod", Duration::from_secs(5), || {
+        anyhow::ensure!(greeted()?.1.contains("second"));
+        Ok(())
+    })
+    .unwrap();
+    until_ok("the end of these connections", Duration::from_secs(5), || {
+        let open = mesh.agents[0].get("/api/v1/connections")?;
+        anyhow::ensure!(open.as_array().is_some_and(Vec::is_empty), "{open}");
+        Ok(())
+    })
+    .unwrap();
+    // All stay open, so each goes to whichever pod has fewer.
+    let open: Vec<_> = (0..40).map(|_| greeted().unwrap()).collect();
+    let to_second = open.iter().filter(|(_, line)| line.contains("second")).count();
+    assert_eq!(to_second, 20);
+}

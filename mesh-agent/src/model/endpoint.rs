@@ -38,7 +38,7 @@ pub struct Load {
 }
 
 impl Load {
-    /// Requests in flight to the endpoint.
+    /// Requests in flight to the endpoint, and opaque connections.
     pub fn active(&self) -> u32 {
         self.active.load(Ordering::Relaxed)
     }
@@ -52,7 +52,7 @@ impl Load {
         millis(now) < self.rests_until.load(Ordering::Relaxed)
     }
 
-    /// Counts one request until the guard is dropped.
+    /// Counts one request or connection until the guard is dropped.
     pub fn enter(self: &Arc<Self>) -> InFlight {
         self.active.fetch_add(1, Ordering::Relaxed);
         InFlight(Arc::clone(self))
@@ -63,7 +63,7 @@ fn millis(since: Duration) -> u64 {
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// One request in flight.
+/// One request in flight, or one opaque connection.
 #[derive(Debug)]
 pub struct InFlight(Arc<Load>);
 

@@ -21,7 +21,7 @@ use crate::balance;
 use crate::dns;
 use crate::metrics::{Peers, Reporter, Security, TcpRecorder};
 use crate::model::{
-    Destination, Endpoint, Load, LoadBalancing, Protocol, Service, ServiceKey, Snapshot, Workload,
+    Destination, Endpoint, InFlight, Load, LoadBalancing, Protocol, Service, ServiceKey, Snapshot, Workload,
 };
 
 const DNS_PORT: u16 = 53;
@@ -100,6 +100,8 @@ struct Opened {
     recorders: Vec<TcpRecorder>,
     /// The endpoint's workload when it is on this node.
     dest: Option<Arc<Local>>,
+    /// Counts the connection for balancing, as long as it lives.
+    _in_flight: InFlight,
 }
 
 /// What a target is at this moment.
@@ -134,6 +136,7 @@ impl Outbound {
                 })
                 .await;
                 drop(opening);
+                let opened = opened.filter(|_| matches!(first, Ok(session::First::Opaque(_))));
                 match first {
                     Ok(session::First::Client(Detected::Http1)) => self.http(client, false).await,
                     Ok(session::First::Client(Detected::Http2)) => self.http(client, true).await,
@@ -258,6 +261,7 @@ impl Outbound {
             && !tried.contains(&endpoint.address)
         {
             let way = Way::to(&self.proxy, &self.local, &source, endpoint);
+            let in_flight = endpoint.load.enter();
             match self.from(&source).stream(&way, endpoint.address).await {
                 Ok(stream) => {
                     let service = candidates.service.as_deref();
@@ -266,7 +270,12 @@ impl Outbound {
                         Way::Local(dest) => Some(dest),
                         Way::Mesh(_) | Way::Clear => None,
                     };
-                    return Ok((stream, Opened { recorders, dest }));
+                    let opened = Opened {
+                        recorders,
+                        dest,
+                        _in_flight: in_flight,
+                    };
+                    return Ok((stream, opened));
                 }
                 Err(error) => {
                     if matches!(error.kind, Kind::Connect | Kind::PeerIdentity) {
