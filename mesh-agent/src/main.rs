@@ -8,6 +8,7 @@ use anyhow::Context;
 use clap::Parser;
 use mesh_agent::cli::{Cli, Command, execute};
 use mesh_agent::config::{AgentConfig, LogFormat};
+use mesh_agent::lanes::Lanes;
 use mesh_agent::{app, telemetry};
 use tokio::runtime::Builder;
 
@@ -43,11 +44,8 @@ fn run(config: Option<&Path>) -> anyhow::Result<()> {
     let filter = std::env::var("RUST_LOG").unwrap_or_else(|_| config.log_level.clone());
     let log =
         telemetry::init(format, &filter).with_context(|| format!("cannot log by the filter `{filter}`"))?;
-    let data = Builder::new_multi_thread()
-        .enable_all()
-        .thread_name("data")
-        .build()?;
+    let lanes = Lanes::start().context("cannot start the data path's threads")?;
     // The control side has this thread: it answers when the data path is busy, and the other way round.
     let control = Builder::new_current_thread().enable_all().build()?;
-    control.block_on(app::run(config, log, data.handle().clone()))
+    control.block_on(app::run(config, log, lanes))
 }

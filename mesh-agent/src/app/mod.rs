@@ -14,7 +14,6 @@ use std::time::{Duration, SystemTime};
 use anyhow::Context as _;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use prometheus_client::registry::Registry;
-use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::admin::{self, AdminSources, Readiness, Scope};
@@ -23,6 +22,7 @@ use crate::discovery::FileSource;
 use crate::drain::{self, DrainTrigger};
 use crate::ebpf::{Capture, CaptureOptions};
 use crate::identity::Identities;
+use crate::lanes::Lanes;
 use crate::metrics::{Metrics, register_counts};
 use crate::proxy::{Inputs, Proxy};
 use crate::store::Store;
@@ -39,8 +39,8 @@ const FORGET_EVERY: Duration = Duration::from_secs(900);
 const WATCH_EVERY: Duration = Duration::from_secs(1);
 const WORKLOADS: &str = "workloads";
 
-/// Runs the agent until it is told to stop. Call it on the control runtime; `data` is the data path's.
-pub async fn run(config: AgentConfig, log: LogHandle, data: Handle) -> anyhow::Result<()> {
+/// Runs the agent until it is told to stop. Call it on the control runtime; the data path has `lanes`.
+pub async fn run(config: AgentConfig, log: LogHandle, lanes: Lanes) -> anyhow::Result<()> {
     raise_descriptor_limit();
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
@@ -56,6 +56,7 @@ pub async fn run(config: AgentConfig, log: LogHandle, data: Handle) -> anyhow::R
         identities: identities.clone(),
         metrics: metrics.clone(),
         access_log: access_log.clone(),
+        lanes: lanes.clone(),
     });
     register(&mut registry, &capture, &access_log);
     let readiness = Readiness::new(&[WORKLOADS]);
@@ -67,7 +68,7 @@ pub async fn run(config: AgentConfig, log: LogHandle, data: Handle) -> anyhow::R
             store: store.clone(),
             cluster_domain: config.cluster_domain.as_str().into(),
         },
-        data.clone(),
+        lanes.clone(),
         drain.clone(),
     );
     let sources = Arc::new(AdminSources {
@@ -91,13 +92,13 @@ pub async fn run(config: AgentConfig, log: LogHandle, data: Handle) -> anyhow::R
         tokio::spawn(admin::serve(listener, scope, Arc::clone(&sources)));
     }
     let beating = capture.clone();
-    // On the data path's runtime: it is the one whose hanging the kernel side must notice.
-    data.spawn(async move { beating.keep_alive().await });
+    // On the data path: it is the one whose hanging the kernel side must notice.
+    lanes.next().spawn(async move { beating.keep_alive().await });
     let renewing = identities.clone();
     tokio::spawn(async move { renewing.run().await });
     tokio::spawn(watch_counters(capture));
     tokio::spawn(forget_idle(Arc::clone(&sources)));
-    data.spawn(Arc::clone(&proxy).sweep(drain));
+    tokio::spawn(Arc::clone(&proxy).sweep(drain));
     let watching = files.watch(store).context("cannot watch the resource files")?;
     tokio::spawn(workloads.run(readiness.clone(), WORKLOADS));
     tracing::info!(node = %config.node, admin = %config.admin, "the agent runs");

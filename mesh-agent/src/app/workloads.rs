@@ -13,7 +13,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::net::{TcpListener, UdpSocket};
-use tokio::runtime::Handle;
 use tokio::time::Instant;
 
 use crate::admin::{Ask, Enrolment as Shown, Enrolments, Readiness};
@@ -21,6 +20,7 @@ use crate::dns::{self, Resolver};
 use crate::drain::DrainWatcher;
 use crate::ebpf::{self, Capture, EnrolRequest, Enrolment, Listeners, PlaceIdentity};
 use crate::identity::Identities;
+use crate::lanes::Lanes;
 use crate::model::{OnAgentDown, Place, Workload};
 use crate::proxy::{Local, Proxy};
 use crate::store::Store;
@@ -40,7 +40,7 @@ pub(super) struct Parts {
 
 pub(super) struct Workloads {
     parts: Parts,
-    data: Handle,
+    lanes: Lanes,
     drain: DrainWatcher,
     /// What the documents say should be captured, as of `generation`.
     wanted: BTreeMap<String, Arc<Workload>>,
@@ -58,10 +58,10 @@ struct Enrolled {
 }
 
 impl Workloads {
-    pub(super) fn new(parts: Parts, data: Handle, drain: DrainWatcher) -> Self {
+    pub(super) fn new(parts: Parts, lanes: Lanes, drain: DrainWatcher) -> Self {
         Self {
             parts,
-            data,
+            lanes,
             drain,
             wanted: BTreeMap::new(),
             generation: None,
@@ -224,7 +224,7 @@ impl Workloads {
                     self.parts.store.clone(),
                     self.parts.proxy.metrics().clone(),
                 );
-                let local = Local::new(Arc::clone(workload), enrolment.namespace(), resolver);
+                let local = Local::new(Arc::clone(workload), enrolment.namespace(), resolver, &self.lanes);
                 self.serve(&local, listeners);
                 self.enrolled
                     .insert(uid.to_owned(), Enrolled { local, enrolment });
@@ -264,18 +264,19 @@ impl Workloads {
     /// Hands the listeners to the data path.
     fn serve(&self, local: &Arc<Local>, listeners: Listeners) {
         let (proxy, drain) = (&self.parts.proxy, &self.drain);
-        let _data = self.data.enter();
+        let lane = self.lanes.next();
+        let _entered = lane.handle().enter();
         match TcpListener::from_std(listeners.outbound) {
             Ok(listener) => {
                 let serving = Arc::clone(proxy).serve_outbound(Arc::clone(local), listener, drain.clone());
-                self.data.spawn(serving);
+                lane.spawn(serving);
             }
             Err(error) => tracing::error!(%error, workload = %local.uid, "cannot serve what it opens"),
         }
         match listeners.inbound.map(TcpListener::from_std).transpose() {
             Ok(Some(listener)) => {
                 let serving = Arc::clone(proxy).serve_inbound(Arc::clone(local), listener, drain.clone());
-                self.data.spawn(serving);
+                lane.spawn(serving);
             }
             // The host's network namespace belongs to others.
             Ok(None) => {}
@@ -283,7 +284,7 @@ impl Workloads {
         }
         for socket in listeners.dns_v6.into_iter().chain([listeners.dns_v4]) {
             match UdpSocket::from_std(socket) {
-                Ok(socket) => drop(self.data.spawn(resolve(Arc::clone(local), socket, drain.clone()))),
+                Ok(socket) => drop(lane.spawn(resolve(Arc::clone(local), socket, drain.clone()))),
                 Err(error) => tracing::error!(%error, workload = %local.uid, "cannot serve its DNS"),
             }
         }

@@ -28,7 +28,7 @@ use crate::model::Identity;
 const IDLE: Duration = Duration::from_secs(30);
 /// Unused connections kept for one key; more than one busy client machine needs at a time.
 const MAX_IDLE_PER_KEY: usize = 256;
-/// Connections kept for one workload, for both versions: clients with many addresses would else make it hold any
+/// Connections kept for one workload on one lane, for both versions: clients with many addresses would else make it hold any
 /// number. What is beyond serves the request it was made for.
 const MAX_KEPT: usize = 2048;
 /// A connection whose last response has ended is ready at once, or is still busy with a request body that its

@@ -15,6 +15,7 @@ use super::app_pool::AppPool;
 use super::tcp::Moved;
 use crate::dns::Resolver;
 use crate::drain::DrainWatcher;
+use crate::lanes::{Lanes, PerLane};
 use crate::model::Workload;
 use crate::sock::Namespace;
 
@@ -26,7 +27,7 @@ pub struct Local {
     /// Tells this enrolment from all others of this process, also of the same workload.
     pub(super) enrolment: u64,
     /// Its connections to applications.
-    pub(super) apps: AppPool,
+    pub(super) apps: PerLane<AppPool>,
     pub namespace: Arc<dyn Namespace>,
     /// Answers its DNS over TCP.
     pub resolver: Resolver,
@@ -44,12 +45,17 @@ pub struct Usage {
 }
 
 impl Local {
-    pub fn new(workload: Arc<Workload>, namespace: Arc<dyn Namespace>, resolver: Resolver) -> Arc<Self> {
+    pub fn new(
+        workload: Arc<Workload>,
+        namespace: Arc<dyn Namespace>,
+        resolver: Resolver,
+        lanes: &Lanes,
+    ) -> Arc<Self> {
         static ENROLMENTS: AtomicU64 = AtomicU64::new(0);
         Arc::new(Self {
             uid: workload.uid().into(),
             enrolment: ENROLMENTS.fetch_add(1, Ordering::Relaxed),
-            apps: AppPool::default(),
+            apps: lanes.each(AppPool::default),
             namespace,
             resolver,
             workload: ArcSwap::new(workload),
@@ -70,7 +76,7 @@ impl Local {
     /// Ends all that is done on its behalf: sockets of ours would keep a deleted network namespace alive.
     pub fn release(&self) {
         self.released.send_replace(true);
-        self.apps.close();
+        self.apps.iter().for_each(AppPool::close);
     }
 
     pub(super) fn is_released(&self) -> bool {

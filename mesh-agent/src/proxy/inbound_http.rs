@@ -93,7 +93,7 @@ pub(super) async fn deliver(
             };
             let request = Request::from_parts(parts, body.counted(measured.exchange()));
             let connect = async || inbound::connect_app(dest, to, caller.client).await;
-            upstream::send_app(&dest.apps, key, (request, http2), connect).await
+            upstream::send_app(dest.apps.here(), key, (request, http2), connect).await
         }
     };
     measured.end(to, sent, audience)

@@ -4,6 +4,7 @@
 //! workload are bounded; all of them end when the workload is released or the drain's deadline has passed.
 
 use std::future::Future;
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,6 +14,7 @@ use tokio::sync::Semaphore;
 
 use super::context::Local;
 use crate::drain::DrainWatcher;
+use crate::lanes::Lanes;
 use crate::sock;
 
 /// Connections of one workload at a time, each way; about what one pod's ephemeral ports allow to one server.
@@ -32,10 +34,11 @@ pub(super) struct Accepted {
 }
 
 pub(super) async fn accept<F>(
+    lanes: &Lanes,
     listener: TcpListener,
     local: Arc<Local>,
     mut drain: DrainWatcher,
-    serve: impl Fn(Accepted) -> F,
+    serve: impl Fn(Accepted) -> F + Clone + Send + 'static,
 ) where
     F: Future<Output = ()> + Send + 'static,
 {
@@ -63,23 +66,53 @@ pub(super) async fn accept<F>(
             continue;
         };
         let _ = sock::tune(&stream);
-        let accepted = Accepted {
-            stream,
-            peer: canonical(peer),
-            address: canonical(address),
-            local: Arc::clone(&local),
-            drain: drain.clone(),
+        let lane = lanes.next();
+        let here = lane.is_here();
+        let Ok(stream) = Moving::from(stream, here) else {
+            continue;
         };
-        let (local, mut closing) = (Arc::clone(&local), drain.clone());
-        let served = serve(accepted);
-        tokio::spawn(async move {
+        let (local, drain, serve) = (Arc::clone(&local), drain.clone(), serve.clone());
+        lane.spawn(async move {
+            let Ok(stream) = stream.arrive() else { return };
+            let mut closing = drain.clone();
+            let accepted = Accepted {
+                stream,
+                peer: canonical(peer),
+                address: canonical(address),
+                local: Arc::clone(&local),
+                drain,
+            };
             tokio::select! {
-                () = served => {}
+                () = serve(accepted) => {}
                 () = local.released() => {}
                 () = closing.closing() => {}
             }
             drop(permit);
         });
+    }
+}
+
+/// A socket on its way to the lane that will serve it.
+enum Moving {
+    /// It is on its lane already.
+    Here(TcpStream),
+    There(std::net::TcpStream),
+}
+
+impl Moving {
+    fn from(stream: TcpStream, here: bool) -> io::Result<Self> {
+        if here {
+            return Ok(Self::Here(stream));
+        }
+        stream.into_std().map(Self::There)
+    }
+
+    /// Call it on the lane.
+    fn arrive(self) -> io::Result<TcpStream> {
+        match self {
+            Self::Here(stream) => Ok(stream),
+            Self::There(stream) => TcpStream::from_std(stream),
+        }
     }
 }
 

@@ -45,6 +45,7 @@ pub use context::{Connection, Connections, Direction, Local, Locals, Usage};
 use crate::balance::REST;
 use crate::drain::DrainWatcher;
 use crate::identity::Identities;
+use crate::lanes::{Lanes, PerLane};
 use crate::metrics::Metrics;
 use crate::model::Endpoint;
 use crate::retry::Budget;
@@ -65,6 +66,7 @@ pub struct Inputs {
     pub identities: Identities,
     pub metrics: Metrics,
     pub access_log: AccessLog,
+    pub lanes: Lanes,
 }
 
 /// What an mTLS connection needs.
@@ -82,7 +84,9 @@ pub struct Proxy {
     access_log: AccessLog,
     pub locals: Locals,
     pub connections: Connections,
-    mesh: mesh_pool::MeshPool,
+    lanes: Lanes,
+    /// Each lane has its own: a request never waits for another core.
+    mesh: PerLane<mesh_pool::MeshPool>,
     retries: Budget,
     turns: std::sync::atomic::AtomicU64,
     started: tokio::time::Instant,
@@ -96,11 +100,12 @@ impl Proxy {
         };
         Arc::new(Self {
             store: inputs.store,
-            tls: tls.clone(),
+            mesh: inputs.lanes.each(|| mesh_pool::MeshPool::new(tls.clone())),
+            lanes: inputs.lanes,
+            tls,
             access_log: inputs.access_log,
             locals: Locals::default(),
             connections: Connections::default(),
-            mesh: mesh_pool::MeshPool::new(tls),
             retries: Budget::new(Duration::ZERO),
             turns: std::sync::atomic::AtomicU64::new(0),
             started: tokio::time::Instant::now(),
@@ -114,7 +119,8 @@ impl Proxy {
         listener: TcpListener,
         drain: DrainWatcher,
     ) {
-        listener::accept(listener, local, drain, move |accepted| {
+        let lanes = self.lanes.clone();
+        listener::accept(&lanes, listener, local, drain, move |accepted| {
             outbound::serve(Arc::clone(&self), accepted)
         })
         .await;
@@ -127,7 +133,8 @@ impl Proxy {
         listener: TcpListener,
         drain: DrainWatcher,
     ) {
-        listener::accept(listener, local, drain, move |accepted| {
+        let lanes = self.lanes.clone();
+        listener::accept(&lanes, listener, local, drain, move |accepted| {
             inbound::serve(Arc::clone(&self), accepted)
         })
         .await;
@@ -139,11 +146,11 @@ impl Proxy {
         loop {
             tokio::select! {
                 _ = every.tick() => {
-                    self.mesh.sweep();
-                    let mut pooled = self.mesh.connections();
-                    for local in self.locals.all() {
-                        local.apps.sweep();
-                        pooled += local.apps.kept();
+                    self.mesh.iter().for_each(mesh_pool::MeshPool::sweep);
+                    let mut pooled: usize = self.mesh.iter().map(mesh_pool::MeshPool::connections).sum();
+                    for apps in self.locals.all().iter().flat_map(|local| local.apps.iter()) {
+                        apps.sweep();
+                        pooled += apps.kept();
                     }
                     self.metrics().agent().pool_connections.set(i64::try_from(pooled).unwrap_or(i64::MAX));
                 }
@@ -155,7 +162,9 @@ impl Proxy {
     /// Ends all that is done for a workload that is gone.
     pub fn forget(&self, local: &Local) {
         local.release();
-        self.mesh.forget(local.enrolment);
+        for mesh in self.mesh.iter() {
+            mesh.forget(local.enrolment);
+        }
     }
 
     pub(crate) fn metrics(&self) -> &Metrics {

@@ -125,7 +125,7 @@ impl From<'_> {
                     tunnel: None,
                 };
                 let connect = async || self.stream(&Way::Clear, to).await;
-                Box::pin(send_app(&self.local.apps, key, (request, http2), connect)).await
+                Box::pin(send_app(self.local.apps.here(), key, (request, http2), connect)).await
             }
         }
     }
@@ -141,7 +141,7 @@ impl From<'_> {
         // A connection that turns out to be closed when used gave the request back: one more may be newer.
         let mut fresh = false;
         loop {
-            let lease = self.proxy.mesh.stream(key, self.local).await?;
+            let lease = self.proxy.mesh.here().stream(key, self.local).await?;
             if !lease.native() {
                 drop(lease);
                 let tunnel = Some((key.source_identity.clone(), key.peer_identity.clone()));
@@ -151,7 +151,7 @@ impl From<'_> {
                     tunnel,
                 };
                 let connect = async || self.tunnel(key, to).await;
-                return Box::pin(send_app(&self.local.apps, key_in, (request, http2), connect)).await;
+                return Box::pin(send_app(self.local.apps.here(), key_in, (request, http2), connect)).await;
             }
             self.sign(&mut request, to, http2)?;
             match lease.send(request).await {
@@ -183,7 +183,7 @@ impl From<'_> {
 
     /// An HBONE stream.
     async fn tunnel(&self, key: &PeerKey, to: SocketAddr) -> Result<Stream, Error> {
-        let lease = self.proxy.mesh.stream(key, self.local).await?;
+        let lease = self.proxy.mesh.here().stream(key, self.local).await?;
         let authority = Uri::try_from(to.to_string()).map_err(|cause| Error::new(Kind::Internal, cause))?;
         let mut request = Request::new(());
         *request.method_mut() = Method::CONNECT;

@@ -19,9 +19,10 @@ enum Imports {
 }
 
 /// Every module of the agent, lowest first, and the modules that it may import.
-const LAYERS: [(&str, Imports); 22] = [
+const LAYERS: [(&str, Imports); 23] = [
     ("model", Imports::Only(&[])),
     ("drain", Imports::Only(&[])),
+    ("lanes", Imports::Only(&[])),
     ("telemetry", Imports::Only(&[])),
     ("sock", Imports::Only(&[])),
     ("route", Imports::Only(&["model"])),
@@ -44,7 +45,10 @@ const LAYERS: [(&str, Imports); 22] = [
     ("cli", Imports::Only(&["admin", "config", "ebpf", "model"])),
     ("testing", Imports::Everything),
     ("app", Imports::Everything),
-    ("main", Imports::Only(&["app", "cli", "config", "telemetry"])),
+    (
+        "main",
+        Imports::Only(&["app", "cli", "config", "lanes", "telemetry"]),
+    ),
 ];
 
 /// What the data path may import: never where the configuration comes from, nor the kernel. The resolver is
@@ -55,6 +59,7 @@ const DATA_PATH: &[&str] = &[
     "dns",
     "drain",
     "identity",
+    "lanes",
     "metrics",
     "model",
     "retry",
