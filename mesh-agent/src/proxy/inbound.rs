@@ -5,6 +5,7 @@
 //! what could not be delivered is told to the agent that asked, so that it can try elsewhere.
 
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -217,17 +218,18 @@ struct Door {
 impl Door {
     async fn handle(self: Arc<Self>, request: Request<RecvStream>, respond: SendResponse<Bytes>) {
         if request.method() == Method::CONNECT {
-            return self.byte_stream(request, respond).await;
+            // Boxed, as all that is rare: the task of each request would else hold its room.
+            return Box::pin(self.byte_stream(request, respond)).await;
         }
         let (parts, stream) = request.into_parts();
         let body = match stream.is_end_stream() {
             true => Body::default(),
             false => Body::receiving(Receiving::new(&parts.headers, stream)),
         };
-        let answering = async {
+        let answering = pin!(async {
             let answered = self.request(Request::from_parts(parts, body)).await;
             answered.unwrap_or_else(|error| reply::error(&error, reply::Audience::Http))
-        };
+        });
         mesh_serve::answer(respond, answering).await;
     }
 
@@ -248,12 +250,15 @@ impl Door {
     /// An HBONE stream. The answer waits for the application where its protocol is not HTTP, so that the other
     /// agent learns of a failure while it can still go elsewhere.
     async fn byte_stream(&self, request: Request<RecvStream>, mut respond: SendResponse<Bytes>) {
-        let opening = self.open(&request);
-        let (pipeline, app) = match mesh_serve::unless_reset(&mut respond, opening).await {
+        let opened = {
+            let opening = pin!(self.open(&request));
+            mesh_serve::unless_reset(&mut respond, opening).await
+        };
+        let (pipeline, app) = match opened {
             Some(Ok(opened)) => opened,
             Some(Err(error)) => {
                 let refusal = reply::error(&error, reply::Audience::Http);
-                return mesh_serve::answer(respond, std::future::ready(refusal)).await;
+                return mesh_serve::answer(respond, pin!(std::future::ready(refusal))).await;
             }
             None => return,
         };

@@ -4,7 +4,7 @@
 //! (GOAWAY), finishes what is under way and ends; what a peer may open, reset or leave unread is bounded.
 
 use std::future::{Future, poll_fn};
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -76,7 +76,7 @@ pub(super) async fn serve<I, F>(
 /// Sends the response that `answering` makes, unless the peer gives the stream up before it does.
 pub(super) async fn answer(
     mut respond: SendResponse<Bytes>,
-    answering: impl Future<Output = Response<Body>>,
+    answering: Pin<&mut impl Future<Output = Response<Body>>>,
 ) {
     let answered = unless_reset(&mut respond, answering).await;
     let Some(response) = answered else { return };
@@ -92,7 +92,7 @@ pub(super) async fn answer(
 /// What `work` gives, or `None` when the peer gives the stream up first.
 pub(super) async fn unless_reset<T>(
     respond: &mut SendResponse<Bytes>,
-    work: impl Future<Output = T>,
+    work: Pin<&mut impl Future<Output = T>>,
 ) -> Option<T> {
     tokio::select! {
         biased;

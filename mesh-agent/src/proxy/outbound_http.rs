@@ -5,6 +5,7 @@
 //! only while all of it is there.
 
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -69,12 +70,12 @@ pub(super) async fn handle(outbound: Arc<Outbound>, request: Request<Incoming>) 
             plan: &plan,
         };
         let deadline = tried.deadline;
-        let answering = async {
+        let answering = pin!(async {
             match switch {
                 Some(protocol) => Box::pin(attempts.switch((parts, body, protocol), tried)).await,
                 None => attempts.run(parts, body, exchange, tried).await,
             }
-        };
+        });
         let answered = match deadline {
             None => answering.await,
             Some(deadline) => tokio::time::timeout_at(deadline, answering)
@@ -232,7 +233,7 @@ impl Attempts<'_> {
     ) -> Result<Response<Body>, Error> {
         let (endpoint, way) = self.next(tried)?;
         let from = self.outbound.from(self.source);
-        let sending = from.send(&way, endpoint.address, request, http2);
+        let sending = pin!(from.send(&way, endpoint.address, request, http2));
         match self.plan.timeouts.per_try {
             None => sending.await,
             Some(limit) => tokio::time::timeout(limit, sending)

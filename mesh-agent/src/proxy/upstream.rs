@@ -151,7 +151,13 @@ impl From<'_> {
                     tunnel,
                 };
                 let connect = async || self.tunnel(key, to).await;
-                return Box::pin(send_app(self.local.apps.here(), key_in, (request, http2), connect)).await;
+                return Box::pin(send_app(
+                    self.local.apps.here(),
+                    key_in,
+                    (request, http2),
+                    connect,
+                ))
+                .await;
             }
             self.sign(&mut request, to, http2)?;
             match lease.send(request).await {
@@ -231,8 +237,9 @@ pub(super) async fn send_app(
     let (mut parts, body) = request.into_parts();
     let mut response = if http2 {
         parts.version = Version::HTTP_2;
-        pool.send_http2(key, Request::from_parts(parts, body), connect)
-            .await?
+        let sending = pool.send_http2(key, Request::from_parts(parts, body), connect);
+        // Boxed: the other way is the usual one, and shall not move this one's room about.
+        Box::pin(sending).await?
     } else {
         headers::origin_form(&mut parts);
         if !body.is_end_stream()
