@@ -88,7 +88,7 @@ fn an_application_is_not_kept_at_work_for_a_client_that_reset() {
         .netns
         .enter(|| TcpListener::bind((thinker.v4, HTTP)).unwrap())
         .unwrap();
-    let (asked, heard) = mpsc::channel();
+    let (asked, heard) = mpsc::sync_channel(1);
     let application = thread::spawn(move || {
         // More than one connection may come, to learn who speaks first: the one with a request counts.
         loop {
