@@ -1,12 +1,14 @@
 //! Between the nodes: encrypted, authenticated, and refused where it must be.
 
 use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr};
 use std::os::unix::fs::PermissionsExt;
+use std::thread;
 use std::time::Duration;
 
-use mesh_tests::{Pod, PodSpec, until_ok};
+use mesh_tests::{Mesh, Options, Pod, PodSpec, until_ok};
 
-use crate::common::{HTTP, WEB_V4, seen, seen_header, try_connect, web};
+use crate::common::{HTTP, WEB_V4, address, connect, seen, seen_header, try_connect, web};
 
 fn peer_authentication(mode: &str) -> String {
     format!(
@@ -210,4 +212,98 @@ fn the_root_key_is_private_or_nothing_starts() {
     agent.stop(Duration::from_secs(40)).unwrap();
     let error = agent.start(&web.mesh.run).unwrap_err().to_string();
     assert!(error.contains("ca"), "{error}");
+}
+
+/// What only lenient servers take for a request. At `...` the client waits for longer than detection does.
+const ODD_REQUESTS: [&str; 9] = [
+    "\r\n\r\nGET / HTTP/1.1\r\n",
+    "\r\n...GET / HTTP/1.1\r\n",
+    "GET .../ HTTP/1.1\r\n",
+    "GE...T / HTTP/1.1\r\n",
+    "ANY...THING / HTTP/1.1\r\n",
+    "GET / HTTP/1.1 \r\n",
+    "GET\t/\tHTTP/1.1\r\n",
+    "get / HTTP/1.1\r\n",
+    "GET /\r\n",
+];
+const FORGED: &str =
+    "x-forwarded-client-cert: URI=spiffe://cluster.local/ns/forged/sa/forged\r\nhost: a\r\n\r\n";
+
+/// Sends `text` and everything that comes after it, and says what came back.
+fn say(client: &Pod, to: SocketAddr, text: &str) -> String {
+    let mut stream = connect(client, to);
+    for (n, piece) in text.split("...").enumerate() {
+        if n > 0 {
+            // Longer than both agents wait, one after the other: it is the pause itself that is tried.
+            thread::sleep(Duration::from_millis(2500));
+        }
+        if stream.write_all(piece.as_bytes()).is_err() {
+            return String::new();
+        }
+    }
+    let _refused_is_fine = stream.write_all(FORGED.as_bytes());
+    let _refused_is_fine = stream.shutdown(Shutdown::Write);
+    let mut back = Vec::new();
+    let _refused_is_fine = stream.read_to_end(&mut back);
+    String::from_utf8_lossy(&back).into_owned()
+}
+
+#[test]
+fn no_odd_request_carries_a_forged_identity_past_detection() {
+    let mut mesh = Mesh::start(&Options::default()).unwrap();
+    // The echo is the most lenient server: what comes back is what arrived. Neither port says what it speaks.
+    mesh.service(
+        "peer",
+        &["10.96.0.41"],
+        &[("one", 7, 7777), ("two", 80, HTTP)],
+        "peer",
+    )
+    .unwrap();
+    let mut peer = mesh.pod(PodSpec::new("peer", 1)).unwrap();
+    peer.serve(&mesh.run, "echo", 7777).unwrap();
+    peer.serve(&mesh.run, "http", HTTP).unwrap();
+    let clients = [
+        mesh.pod(PodSpec::new("client", 0)).unwrap(),
+        mesh.pod(PodSpec::new("beside", 1)).unwrap(),
+    ];
+    let (echo, http) = (address("10.96.0.41", 7), address("10.96.0.41", 80));
+    for client in &clients {
+        until_ok("what is no request to pass", Duration::from_secs(5), || {
+            let back = say(client, echo, "HELLO\r\n");
+            anyhow::ensure!(back.contains("forged"), "{back:?}");
+            Ok(())
+        })
+        .unwrap();
+    }
+    thread::scope(|scope| {
+        for (client, text) in clients.iter().flat_map(|c| ODD_REQUESTS.map(|text| (c, text))) {
+            scope.spawn(move || {
+                let back = say(client, echo, text);
+                assert!(
+                    !back.contains("forged"),
+                    "{text:?} of {}: {back:?}",
+                    client.spec.name
+                );
+            });
+        }
+        for client in &clients {
+            let back = say(client, echo, &long_request());
+            assert!(!back.contains("forged"), "a long line: {back:?}");
+        }
+    });
+    // What hyper reads as it was meant arrives, with the client's own identity.
+    for text in [
+        "\r\n\r\nGET / HTTP/1.1\r\n",
+        "GET .../ HTTP/1.1\r\n",
+        &long_request(),
+    ] {
+        let back = say(&clients[0], http, text);
+        assert!(back.starts_with("HTTP/1.1 200"), "{text:?}: {back:?}");
+        assert!(back.contains("/ns/shop/sa/client"), "{text:?}: {back:?}");
+        assert!(!back.contains("forged"), "{text:?}: {back:?}");
+    }
+}
+
+fn long_request() -> String {
+    format!("GET /{} HTTP/1.1\r\n", "a".repeat(9000))
 }

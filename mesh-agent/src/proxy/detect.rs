@@ -1,21 +1,23 @@
 //! Which protocol a stream speaks, from its first bytes.
 //!
 //! Invariants: bytes looked at are never lost ([`Prefixed`] gives them again); [`classify`] is pure and says
-//! `None` only while more bytes could change the answer, which [`MAX_SNIFF`] bounds.
+//! `None` only while it is likely that more bytes make it HTTP, which [`MAX_SNIFF`] bounds; a stream that must not
+//! be HTTP ([`Prefixed::refuse_http`]) ends in an error before the first request line was given out whole, so
+//! that neither a pause nor an oddity makes a request pass for something else.
 
 use std::io;
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
+
+use super::first_line::{Begun, FirstLine, Line};
 
 /// The longest request line that detection waits for (Envoy's inspector stops at the same).
 pub(super) const MAX_SNIFF: usize = 8 * 1024;
 
 const H2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-/// The longest method in the IANA registry is 17 bytes; longer is no HTTP that anybody speaks.
-const MAX_METHOD: usize = 32;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Detected {
@@ -45,35 +47,30 @@ pub(super) fn classify(bytes: &[u8]) -> Option<Detected> {
 }
 
 fn classify_http1(bytes: &[u8]) -> Option<Detected> {
-    let line = match bytes.iter().position(|byte| *byte == b'\n') {
-        Some(end) => &bytes[..end],
-        None => {
-            let method = bytes.split(|byte| *byte == b' ').next().unwrap_or_default();
-            // No method in use has small letters: waiting for the rest of a line would only stall what is no HTTP.
-            let plausible =
-                method.len() <= MAX_METHOD && method.iter().all(|b| is_token(*b) && !b.is_ascii_lowercase());
-            return (!plausible || bytes.len() >= MAX_SNIFF).then_some(Detected::Opaque);
-        }
-    };
-    let line = line.strip_suffix(b"\r").unwrap_or(line);
-    let mut words = line.splitn(2, |byte| *byte == b' ');
-    let method = words.next().unwrap_or_default();
-    let rest = words.next().unwrap_or_default();
-    let is_http = !method.is_empty()
-        && method.len() <= MAX_METHOD
-        && method.iter().all(|b| is_token(*b))
-        && rest.len() >= b"* HTTP/1.1".len()
-        && rest[..rest.len() - 1].ends_with(b" HTTP/1.");
-    Some(if is_http {
-        Detected::Http1
-    } else {
-        Detected::Opaque
-    })
+    let mut line = FirstLine::default();
+    match line.feed(bytes) {
+        Some(Line::Request) => return Some(Detected::Http1),
+        Some(Line::Simple | Line::Other) => return Some(Detected::Opaque),
+        None => {}
+    }
+    match line.begun() {
+        Begun::Hardly => Some(Detected::Opaque),
+        Begun::Request | Begun::Perhaps if bytes.len() < MAX_SNIFF => None,
+        Begun::Request => Some(Detected::Http1),
+        Begun::Perhaps => Some(Detected::Opaque),
+    }
 }
 
-/// RFC 9110, section 5.6.2.
-fn is_token(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
+/// What bytes that [`classify`] cannot tell yet are, if nothing else may be what they look like.
+fn begun(bytes: &[u8]) -> Detected {
+    if bytes.len() > b"PRI ".len() && H2_PREFACE.starts_with(bytes) {
+        return Detected::Http2;
+    }
+    let mut line = FirstLine::default();
+    match (line.feed(bytes), line.begun()) {
+        (None, Begun::Request) => Detected::Http1,
+        _ => Detected::Opaque,
+    }
 }
 
 /// Reads until the protocol is known. An end of stream decides for [`Detected::Opaque`].
@@ -93,6 +90,8 @@ pub(super) async fn sniff<S: AsyncRead + Unpin>(stream: &mut Prefixed<S>) -> io:
 pub(super) struct Prefixed<S> {
     prefix: BytesMut,
     stream: S,
+    /// What was given out of a first line that must not be a request's.
+    watched: Option<FirstLine>,
 }
 
 impl<S> Prefixed<S> {
@@ -100,6 +99,7 @@ impl<S> Prefixed<S> {
         Self {
             prefix: BytesMut::new(),
             stream,
+            watched: None,
         }
     }
 
@@ -115,6 +115,31 @@ impl<S> Prefixed<S> {
 
     pub(super) fn has_prefix(&self) -> bool {
         !self.prefix.is_empty()
+    }
+
+    /// What the bytes read so far are, if nothing else may be what they look like.
+    pub(super) fn begun(&self) -> Detected {
+        begun(&self.prefix)
+    }
+
+    /// From now on a request line is an error.
+    pub(super) fn refuse_http(&mut self) {
+        self.watched = Some(FirstLine::default());
+    }
+
+    /// Looks at bytes that are about to be given out.
+    fn watch(&mut self, bytes: &[u8]) -> io::Result<()> {
+        match self.watched.as_mut().and_then(|line| line.feed(bytes)) {
+            None => Ok(()),
+            Some(Line::Other) => {
+                self.watched = None;
+                Ok(())
+            }
+            Some(Line::Request | Line::Simple) => Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "a request line of HTTP on a stream that was not taken for HTTP (name the port's protocol, or send the line at once)",
+            )),
+        }
     }
 }
 
@@ -133,14 +158,23 @@ impl<S: AsyncRead + Unpin> AsyncRead for Prefixed<S> {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
         if self.prefix.is_empty() {
-            return Pin::new(&mut self.stream).poll_read(cx, buf);
+            ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
+        } else {
+            let n = self.prefix.len().min(buf.remaining());
+            buf.put_slice(&self.prefix[..n]);
+            self.prefix.advance(n);
+            if self.prefix.is_empty() {
+                self.prefix = BytesMut::new();
+            }
         }
-        let n = self.prefix.len().min(buf.remaining());
-        buf.put_slice(&self.prefix[..n]);
-        self.prefix.advance(n);
-        if self.prefix.is_empty() {
-            self.prefix = BytesMut::new();
+        if self.watched.is_some() {
+            let watched = self.watch(&buf.filled()[before..]);
+            if watched.is_err() {
+                buf.set_filled(before);
+            }
+            return Poll::Ready(watched);
         }
         Poll::Ready(Ok(()))
     }
@@ -186,9 +220,17 @@ mod tests {
             (b"GET / HTTP/1.0\n", Some(Http1)),
             (b"OPTIONS * HTTP/1.1\r\n", Some(Http1)),
             (b"PROPFIND /a b HTTP/1.1\r\n", Some(Http1)),
+            (b"\r\n\r\nGET / HTTP/1.1\r\n", Some(Http1)),
+            (b"GET / HTTP/1.1 \r\n", Some(Http1)),
+            (b"GET\t/\tHTTP/1.1\r\n", Some(Http1)),
+            (b"get / HTTP/1.1\r\n", Some(Http1)),
+            (b"GET / HTTP/1.1", None),
+            (b"FOO / HTTP/1.1", None),
             (b"GET /\r\n", Some(Opaque)),
+            (b"\r\n", Some(Opaque)),
             (b"PING\r\n", Some(Opaque)),
-            (b"HELLO", None),
+            // Nothing registered begins so: it does not wait for what it may become.
+            (b"HELLO", Some(Opaque)),
             (b"hello", Some(Opaque)),
             (b"EHLO example.org\r\n", Some(Opaque)),
             (b"*1\r\n$4\r\nPING\r\n", Some(Opaque)),
@@ -200,15 +242,86 @@ mod tests {
             (b"PRI", None),
             (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r", None),
             (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0", Some(Http2)),
-            (b"PRI * HTTP/2.0\r\n\r\nXX", Some(Opaque)),
+            (b"PRI * HTTP/2.0\r\n\r\nXX", Some(Http1)),
         ];
         for (bytes, expected) in table {
             assert_eq!(classify(bytes), *expected, "{:?}", String::from_utf8_lossy(bytes));
         }
-        assert_eq!(classify(&[b'A'; MAX_METHOD + 1]), Some(Opaque));
-        let mut endless = b"GET /".to_vec();
-        endless.resize(MAX_SNIFF, b'a');
-        assert_eq!(classify(&endless), Some(Opaque));
+        for (start, expected) in [(&b"GET /"[..], Http1), (b"FOO /", Opaque), (b"GET a", Opaque)] {
+            let mut endless = start.to_vec();
+            endless.resize(MAX_SNIFF - 1, b'a');
+            assert_eq!(classify(&endless), None);
+            endless.push(b'a');
+            assert_eq!(classify(&endless), Some(expected));
+        }
+    }
+
+    #[test]
+    fn bytes_that_do_not_go_on() {
+        use Detected::{Http1, Http2, Opaque};
+        let table: &[(&[u8], Detected)] = &[
+            (b"", Opaque),
+            (b"G", Opaque),
+            (b"GET", Opaque),
+            (b"GET ", Http1),
+            (b"\r\nGET /", Http1),
+            (b"GET / HTTP/1.1", Http1),
+            (b"GET key", Opaque),
+            (b"PRI", Opaque),
+            (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r", Http2),
+            (b"\x16", Opaque),
+        ];
+        for (bytes, expected) in table {
+            assert_eq!(begun(bytes), *expected, "{:?}", String::from_utf8_lossy(bytes));
+        }
+    }
+
+    /// Gives `pieces` to a stream that must not be HTTP, and says what came out, and how it ended.
+    async fn through(pieces: &[&[u8]]) -> (Vec<u8>, io::Result<usize>) {
+        let (mut client, server) = tokio::io::duplex(64 * 1024);
+        let mut stream = Prefixed::new(server);
+        let mut got = Vec::new();
+        for (n, piece) in pieces.iter().enumerate() {
+            use tokio::io::AsyncWriteExt;
+            client.write_all(piece).await.unwrap();
+            if n == 0 {
+                stream.fill().await.unwrap();
+                stream.refuse_http();
+            }
+            if let Err(error) = stream.read_buf(&mut got).await {
+                return (got, Err(error));
+            }
+        }
+        drop(client);
+        let ended = stream.read_to_end(&mut got).await;
+        (got, ended)
+    }
+
+    #[tokio::test]
+    async fn a_stream_that_must_not_be_http_ends_before_its_request_line_does() {
+        for pieces in [
+            &[
+                &b"\r\n"[..],
+                b"GET / HTTP/1.1\r\nx-forwarded-client-cert: forged\r\n\r\n",
+            ][..],
+            &[b"GE", b"T / HTTP/1.1\r\n"],
+            &[b"FOO", b" / HTT", b"P/1.1", b"\n"],
+            &[b"GET", b" /\r\nx-forwarded-client-cert: forged\r\n\r\n"],
+            &[b"PR", b"I * HTTP/2.0\r\n\r\nSM\r\n\r\n"],
+        ] {
+            let (got, ended) = through(pieces).await;
+            assert_eq!(ended.unwrap_err().kind(), io::ErrorKind::InvalidData);
+            assert_eq!(got, pieces[..pieces.len() - 1].concat(), "what came before it");
+        }
+        for pieces in [
+            &[&b"HELLO"[..], b" there\r\n", b"GET / HTTP/1.1\r\n"][..],
+            &[b"\0\n", b"GET / HTTP/1.1\r\n"],
+            &[b"GET key\r\n", b"GET / HTTP/1.1\r\n"],
+        ] {
+            let (got, ended) = through(pieces).await;
+            ended.unwrap();
+            assert_eq!(got, pieces.concat());
+        }
     }
 
     #[tokio::test]

@@ -243,6 +243,7 @@ impl Door {
             .get(headers::VERSION)
             .is_some_and(|version| version == "2");
         headers::strip_ours(&mut parts.headers);
+        inbound_http::canonical(&mut parts)?;
         let request = Request::from_parts(parts, body);
         Ok(inbound_http::deliver(&self.proxy, &self.local, &caller, to, (request, http2)).await)
     }
@@ -363,7 +364,7 @@ impl Pipeline {
             Protocol::Tls | Protocol::Tcp => open.await.map(Prefixed::new),
             Protocol::Detect => {
                 let mut open = Box::pin(open);
-                match session::first(&mut client, &mut open).await {
+                match session::first(&mut client, Direction::Inbound, &mut open).await {
                     Ok(session::First::Client(Detected::Http1)) => return self.http(client, false).await,
                     Ok(session::First::Client(Detected::Http2)) => return self.http(client, true).await,
                     Ok(session::First::Client(Detected::Tls | Detected::Opaque)) => {

@@ -14,6 +14,7 @@ mod context;
 mod detect;
 mod error;
 mod failure;
+mod first_line;
 mod hangup;
 mod headers;
 mod inbound;

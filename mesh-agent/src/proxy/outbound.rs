@@ -102,6 +102,8 @@ struct Opened {
     dest: Option<Arc<Local>>,
     /// Counts the connection for balancing, as long as it lives.
     _in_flight: InFlight,
+    /// It goes straight into that workload, past [`inbound`]'s own detection.
+    watched: bool,
 }
 
 /// What a target is at this moment.
@@ -129,7 +131,7 @@ impl Outbound {
             Protocol::Detect => {
                 let mut opening = Box::pin(self.open());
                 let mut opened = None;
-                let first = session::first(&mut client, async {
+                let first = session::first(&mut client, Direction::Outbound, async {
                     let (stream, rest) = (&mut opening).await?;
                     opened = Some(rest);
                     Ok(stream)
@@ -218,7 +220,7 @@ impl Outbound {
         }
     }
 
-    async fn opaque(self, client: Prefixed<Stream>, opened: Option<(Prefixed<Stream>, Opened)>) {
+    async fn opaque(self, mut client: Prefixed<Stream>, opened: Option<(Prefixed<Stream>, Opened)>) {
         self.life.speaks("tcp");
         let opened = match opened {
             Some(opened) => Ok(opened),
@@ -229,6 +231,9 @@ impl Outbound {
         };
         match opened {
             Ok((server, opened)) => {
+                if opened.watched {
+                    client.refuse_http();
+                }
                 let released = async {
                     match &opened.dest {
                         Some(dest) => dest.released().await,
@@ -266,13 +271,16 @@ impl Outbound {
                 Ok(stream) => {
                     let service = candidates.service.as_deref();
                     let recorders = self.tcp_recorders(&snapshot, &way, endpoint, service);
+                    let said = snapshot.target_protocol(endpoint.address);
                     let dest = match way {
                         Way::Local(dest) => Some(dest),
                         Way::Mesh(_) | Way::Clear => None,
                     };
+                    let watched = dest.is_some() && !matches!(said, Protocol::Tls | Protocol::Tcp);
                     let opened = Opened {
                         recorders,
                         dest,
+                        watched,
                         _in_flight: in_flight,
                     };
                     return Ok((stream, opened));

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::io::AsyncRead;
 
-use super::context::Connection;
+use super::context::{Connection, Direction};
 use super::detect::{self, Detected, Prefixed};
 use super::error::Error;
 use super::stream::Stream;
@@ -29,8 +29,26 @@ pub(super) enum First {
 
 /// Finds out what `client` speaks without ever stalling a protocol whose server speaks first: both sides are
 /// listened to, and the first bytes decide.
+///
+/// On the way into a workload nothing that its server may take for HTTP passes for anything else: a request line
+/// that was begun is one, however long it takes, and what is passed on as opaque is watched. On the way out there
+/// is nothing to enforce, so that a request begun oddly is let be and keeps nothing waiting.
 pub(super) async fn first<C: AsyncRead + Unpin>(
     client: &mut Prefixed<C>,
+    direction: Direction,
+    open: impl Future<Output = Result<Stream, Error>>,
+) -> Result<First, Error> {
+    let first = listen(client, direction, open).await?;
+    let http = matches!(first, First::Client(Detected::Http1 | Detected::Http2));
+    if direction == Direction::Inbound && !http {
+        client.refuse_http();
+    }
+    Ok(first)
+}
+
+async fn listen<C: AsyncRead + Unpin>(
+    client: &mut Prefixed<C>,
+    direction: Direction,
     open: impl Future<Output = Result<Stream, Error>>,
 ) -> Result<First, Error> {
     if let Ok(detected) = tokio::time::timeout(HEAD_START, detect::sniff(client)).await {
@@ -58,7 +76,12 @@ pub(super) async fn first<C: AsyncRead + Unpin>(
             }
             // Also at an end of stream: it is to be passed on.
             _ = server.fill() => return Ok(First::Opaque(server)),
-            () = tokio::time::sleep(PATIENCE), if waiting => return Ok(First::Opaque(server)),
+            () = tokio::time::sleep(PATIENCE), if waiting => {
+                return Ok(match (direction, client.begun()) {
+                    (Direction::Inbound, http @ (Detected::Http1 | Detected::Http2)) => First::Client(http),
+                    _ => First::Opaque(server),
+                });
+            }
             // A client whose first bytes arrive now starts the wait above.
             () = tokio::time::sleep(PATIENCE), if !waiting => {}
         }
