@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Deserialize;
-use tracing_subscriber::EnvFilter;
 
 use super::Settings;
 use super::check::{DNS_SUBDOMAIN, Issue, Issues, duration, is_dns_subdomain, typed};
 use super::document::parse_single;
 use super::read::read_text;
+use crate::log_filter;
 
 /// The configuration in force; all paths are absolute or relative to the working directory.
 #[derive(Clone, Debug, PartialEq)]
@@ -221,11 +221,8 @@ impl AgentConfig {
                 issues.error(field, format!("{name:?} is not a name; {DNS_SUBDOMAIN}"));
             }
         }
-        if let Err(error) = EnvFilter::try_new(&raw.log.level) {
-            issues.error(
-                "log.level",
-                format!("{error}; allowed: error, warn, info, debug, trace, or a filter as in info,mesh_agent=debug"),
-            );
+        if let Err(error) = log_filter::parse(&raw.log.level) {
+            issues.error("log.level", error.to_string());
         }
         let drain = duration(&raw.drain.deadline).unwrap_or_else(|message| {
             issues.error("drain.deadline", message);
@@ -355,7 +352,15 @@ drain: {deadline: 1m}
                 "drain.deadline: `30x` is not a duration; allowed: ",
             ),
             ("node: A_b", "node: \"A_b\" is not a name; allowed: "),
-            ("log: {level: 'a=b=c'}", "log.level: "),
+            (
+                "log: {level: debgu}",
+                "/etc/mesh/agent.yaml: log.level: `debgu` is no level; use off, error, warn, info, debug or trace",
+            ),
+            (
+                "log: {level: 'info,mesh_agent'}",
+                "log.level: `mesh_agent` is no level",
+            ),
+            ("log: {level: 'a b=info'}", "log.level: `a b` is no target"),
             ("node: [", "line 1: not YAML: "),
             (
                 "- a",

@@ -5,7 +5,6 @@
 
 mod access_log;
 mod escape;
-mod filter;
 
 use std::io::IsTerminal;
 use std::str::FromStr;
@@ -16,8 +15,9 @@ use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::{Layer, Registry, reload};
 
+use crate::log_filter::{self, InvalidFilter};
+
 pub use self::access_log::{AccessLog, AccessRecord};
-pub use self::filter::InvalidFilter;
 
 /// How the log looks, the agent's own and the access log.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -51,7 +51,7 @@ pub fn init(format: Format, filter: &str) -> anyhow::Result<LogHandle> {
 
 /// As [`init`], but nothing logs there yet.
 pub fn build(format: Format, filter: &str) -> Result<(Dispatch, LogHandle), InvalidFilter> {
-    let targets = filter::parse(filter)?;
+    let targets = log_filter::parse(filter)?;
     let (targets, reload) = reload::Layer::new(targets);
     let output = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     let output: Box<dyn Layer<_> + Send + Sync> = match format {
@@ -84,7 +84,7 @@ impl LogHandle {
 
     /// Puts `filter` in force, such as `info` or `warn,mesh_agent::proxy=debug`.
     pub fn set(&self, filter: &str) -> Result<(), InvalidFilter> {
-        let targets = filter::parse(filter)?;
+        let targets = log_filter::parse(filter)?;
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
         // Fails only once the subscriber is gone, and with it all that could log.
         if self.reload.reload(targets).is_ok() {

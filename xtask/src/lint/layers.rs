@@ -19,18 +19,19 @@ enum Imports {
 }
 
 /// Every module of the agent, lowest first, and the modules that it may import.
-const LAYERS: [(&str, Imports); 23] = [
+const LAYERS: [(&str, Imports); 24] = [
     ("model", Imports::Only(&[])),
     ("drain", Imports::Only(&[])),
     ("lanes", Imports::Only(&[])),
-    ("telemetry", Imports::Only(&[])),
+    ("log_filter", Imports::Only(&[])),
+    ("telemetry", Imports::Only(&["log_filter"])),
     ("sock", Imports::Only(&[])),
     ("route", Imports::Only(&["model"])),
     ("balance", Imports::Only(&["model"])),
     ("retry", Imports::Only(&["model"])),
     ("authz", Imports::Only(&["model"])),
     ("metrics", Imports::Only(&["model"])),
-    ("config", Imports::Only(&["model"])),
+    ("config", Imports::Only(&["log_filter", "model"])),
     ("store", Imports::Only(&["model"])),
     ("identity", Imports::Only(&["model"])),
     ("tls", Imports::Only(&["identity", "model"])),

@@ -1,6 +1,7 @@
 //! What is logged: `LEVEL` and `TARGET=LEVEL`, separated by commas.
 //!
-//! Stricter than tracing-subscriber's own syntax, for which a mistyped level is a target's name.
+//! Stricter than tracing-subscriber's own syntax, for which a mistyped level is a target's name. Invariant: this is
+//! the only parser, so that the configuration accepts exactly what the log will.
 
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::filter::Targets;
@@ -21,7 +22,7 @@ pub enum InvalidFilter {
 /// Enough for a level for every module there is.
 const MAX_LEN: usize = 2048;
 
-pub(super) fn parse(filter: &str) -> Result<Targets, InvalidFilter> {
+pub fn parse(filter: &str) -> Result<Targets, InvalidFilter> {
     if filter.len() > MAX_LEN {
         return Err(InvalidFilter::TooLong);
     }
