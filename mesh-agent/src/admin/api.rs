@@ -5,7 +5,7 @@
 //!
 //! | path | answers |
 //! |---|---|
-//! | `GET /healthz` | 200 as long as the agent can answer |
+//! | `GET /healthz` | 200 as long as the data path runs, else 503 and why |
 //! | `GET /readyz` | 200 when all [`Condition`]s hold, else 503; [`Ready`] |
 //! | `GET /metrics` | OpenMetrics text |
 //! | `GET /logging` | [`Logging`]; `PUT` or `POST` with `?level=FILTER`, or the filter as the body, changes it |

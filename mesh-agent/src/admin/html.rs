@@ -29,7 +29,7 @@ const PAGES: [(&str, &str); 13] = [
     ("/config_dump", "all of the above at once"),
     ("/metrics", "Prometheus metrics"),
     ("/logging", "the log's filter; PUT ?level= changes it"),
-    ("/healthz", "200 while the agent answers"),
+    ("/healthz", "200 while the data path runs, else 503"),
     ("/readyz", "200 when it is ready"),
 ];
 

@@ -8,6 +8,7 @@ pub mod api;
 mod body;
 mod html;
 mod pages;
+mod pulse;
 mod readiness;
 mod request;
 mod server;
@@ -29,6 +30,7 @@ use crate::metrics::Metrics;
 use crate::store::Store;
 use crate::telemetry::LogHandle;
 
+pub use self::pulse::Pulse;
 pub use self::readiness::Readiness;
 pub use self::view::{Enrolment, Enrolments, time};
 
@@ -47,6 +49,8 @@ pub struct AdminSources {
     pub identities: Identities,
     pub log: LogHandle,
     pub readiness: Readiness,
+    /// The data path's.
+    pub pulse: Pulse,
     /// How far the capture of each local workload is.
     pub enrolments: Ask<Enrolments>,
     pub connections: Ask<Vec<api::Connection>>,

@@ -1,5 +1,6 @@
 //! Which page a request gets.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
@@ -50,7 +51,7 @@ pub(super) fn answer(site: &Site, parts: &Parts, body: &Bytes) -> Answer {
 fn page(site: &Site, parts: &Parts, body: &Bytes) -> Result<Answer, Refusal> {
     let sources = &*site.sources;
     match parts.uri.path() {
-        "/healthz" => read(parts, || json(&serde_json::json!({"healthy": true}))),
+        "/healthz" => read(parts, || healthz(sources)),
         "/readyz" => read(parts, || readyz(sources)),
         "/metrics" => read(parts, || metrics(&site.sources)),
         _ if site.scope == Scope::Metrics => Err(Refusal::not_found(&["/metrics", "/healthz", "/readyz"])),
@@ -110,6 +111,18 @@ fn index(sources: &AdminSources) -> Answer {
     with_type(HTML, whole(shown.page()))
 }
 
+/// Only what a restart may mend: this page answers from a runtime of its own, and says whether the data path's
+/// runs too.
+fn healthz(sources: &AdminSources) -> Answer {
+    let Some(since) = sources.pulse.hung() else {
+        return json(&serde_json::json!({"healthy": true}));
+    };
+    let message = format!("the data path hangs: one of its runtimes has run nothing for {since:.1?}");
+    let mut answer = json(&serde_json::json!({"healthy": false, "message": message}));
+    *answer.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
+    answer
+}
+
 fn readyz(sources: &AdminSources) -> Answer {
     let ready = sources.readiness.is_ready();
     let conditions = sources.readiness.conditions();
@@ -134,13 +147,16 @@ fn metrics(sources: &Arc<AdminSources>) -> Answer {
 fn refresh(sources: &AdminSources) {
     let snapshot = sources.store.load();
     let agent = sources.metrics.agent();
-    let refused = snapshot
+    // A document with three faults is one.
+    let refused: BTreeSet<_> = snapshot
         .rejected
         .iter()
-        .filter(|rejected| rejected.severity == Severity::Error);
+        .filter(|rejected| rejected.severity == Severity::Error)
+        .map(|rejected| (&rejected.file, rejected.document))
+        .collect();
     agent.workloads.set(gauge(snapshot.local_workloads().count()));
     agent.snapshot_generation.set(snapshot.generation);
-    agent.rejected_resources.set(gauge(refused.count()));
+    agent.rejected_resources.set(gauge(refused.len()));
     agent.draining.set(u32::from(sources.readiness.is_draining()));
     let issued = sources.identities.counts();
     agent

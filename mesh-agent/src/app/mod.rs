@@ -16,7 +16,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use prometheus_client::registry::Registry;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::admin::{self, AdminSources, Readiness, Scope};
+use crate::admin::{self, AdminSources, Pulse, Readiness, Scope};
 use crate::config::{AccessLogFormat, AgentConfig};
 use crate::discovery::FileSource;
 use crate::drain::{self, DrainTrigger};
@@ -81,6 +81,7 @@ pub async fn run(config: AgentConfig, log: LogHandle, lanes: Lanes) -> anyhow::R
         identities: identities.clone(),
         log,
         readiness: readiness.clone(),
+        pulse: pulse(&data),
         enrolments: workloads.enrolments(),
         connections: show::connections(proxy.connections.clone()),
         ebpf: show::ebpf(capture.clone()),
@@ -110,6 +111,13 @@ pub async fn run(config: AgentConfig, log: LogHandle, lanes: Lanes) -> anyhow::R
     watching.stop();
     access_log.flush(FLUSH_TIME);
     Ok(())
+}
+
+/// Beats on the data path's runtime.
+fn pulse(data: &Handle) -> Pulse {
+    let pulse = Pulse::default();
+    data.spawn(pulse.heart());
+    pulse
 }
 
 /// A connection takes several descriptors, and the soft limit is for programs that use select(2).

@@ -21,7 +21,8 @@ pub struct AgentMetrics {
     /// Workloads of this node that are captured.
     pub workloads: Gauge,
     pub snapshot_generation: Gauge<u64, AtomicU64>,
-    /// Documents, or parts of them, that are refused now.
+    /// Documents that are refused now: what they say is not in force, though an earlier version of them may be.
+    /// One with several errors is one, and so is a file that cannot be read; warnings do not count.
     pub rejected_resources: Gauge,
     /// When the first of the certificates in use ends, in seconds since 1970.
     pub certificate_expiry: Gauge,
@@ -37,6 +38,8 @@ pub struct AgentMetrics {
     pub identity_mismatches: Counter,
     /// Clear-text connections that a STRICT policy refused.
     pub plaintext_refused: Counter,
+    /// Connections to port 15008 that failed their TLS handshake, or did not agree on a protocol in it.
+    pub handshake_failures: Counter,
     pub retries: Counter,
     dns_queries: [Counter; 4],
     /// Requests and connections counted as `other`, since there was no room for their labels.
@@ -77,7 +80,11 @@ impl AgentMetrics {
                 "snapshot_generation",
                 "Published changes of the configuration",
             ),
-            rejected_resources: add(agent, "rejected_resources", "Documents that are refused now"),
+            rejected_resources: add(
+                agent,
+                "rejected_resources",
+                "Documents that are refused now, each once",
+            ),
             certificate_expiry: add(
                 agent,
                 "certificate_expiry_timestamp_seconds",
@@ -110,6 +117,11 @@ impl AgentMetrics {
                 agent,
                 "plaintext_refused",
                 "Clear-text connections refused by a STRICT policy",
+            ),
+            handshake_failures: add(
+                agent,
+                "handshake_failures",
+                "Connections to port 15008 that failed their TLS handshake or agreed on no protocol",
             ),
             retries: add(agent, "retries", "Tries of requests beyond the first"),
             dns_queries: add_each(

@@ -13,6 +13,7 @@ use crate::model::{
 };
 
 mod bad;
+mod bad_routes;
 mod incremental;
 mod routing;
 
