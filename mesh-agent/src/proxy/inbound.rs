@@ -4,6 +4,7 @@
 //! [`inbound_http::deliver`], and both through [`admit`]; an address that is not the workload's own is refused;
 //! what could not be delivered is told to the agent that asked, so that it can try elsewhere.
 
+use std::io;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
@@ -180,16 +181,17 @@ async fn mutual_tls(proxy: Arc<Proxy>, accepted: Accepted) {
         }
     };
     let handshake = TlsAcceptor::from(config).accept(socket);
-    let stream = match tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake).await {
-        Ok(Ok(stream)) => stream,
-        Ok(Err(error)) => {
+    let shaken = tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake).await;
+    let (stream, identity) = match shaken
+        .map_err(|_late| "it took too long".to_owned())
+        .and_then(known)
+    {
+        Ok(known) => known,
+        Err(error) => {
+            proxy.metrics().agent().handshake_failures.inc();
             tracing::debug!(%error, %peer, workload = %local.uid, "TLS handshake failed");
             return;
         }
-        Err(_) => return,
-    };
-    let Some(identity) = identity_of(&stream) else {
-        return;
     };
     let life = Arc::new(Life {
         listed: proxy.connections.open(Direction::Inbound, &local, peer, address),
@@ -203,8 +205,16 @@ async fn mutual_tls(proxy: Arc<Proxy>, accepted: Accepted) {
     mesh_serve::serve(stream, drain, handle).await;
 }
 
-fn identity_of(stream: &TlsStream<TcpStream>) -> Option<Identity> {
-    tls::peer_identity(stream.get_ref().1.peer_certificates()?)
+/// A connection whose peer said who it is and what it speaks.
+fn known(shaken: io::Result<TlsStream<TcpStream>>) -> Result<(TlsStream<TcpStream>, Identity), String> {
+    let stream = shaken.map_err(|error| error.to_string())?;
+    let session = stream.get_ref().1;
+    let identity = session.peer_certificates().and_then(tls::peer_identity);
+    let identity = identity.ok_or("no identity in the peer's certificate")?;
+    if tls::Transport::negotiated(session.alpn_protocol()).is_none() {
+        return Err("no protocol was agreed on; the peer has to offer h2 (HBONE) by ALPN".to_owned());
+    }
+    Ok((stream, identity))
 }
 
 /// One mTLS connection from another agent.
