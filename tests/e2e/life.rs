@@ -7,13 +7,16 @@ use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
-use mesh_tests::{Agent, Pod, PodSpec, until_ok};
+use mesh_agent::identity::{Clock, Identities};
+use mesh_tests::{Agent, Mesh, Options, Pod, PodSpec, until_ok};
 use socket2::SockRef;
 use tokio::time::Instant;
 
-use crate::common::{WEB_V4, Web, address, connect, wait_for, web};
+use crate::common::{HTTP, WEB_V4, Web, address, connect, http_server, wait_for, web};
+
+const ECHO: &str = "10.96.0.41";
 
 /// How a connection from a pod went: when it was tried, how long that took, and whether it got through.
 #[derive(Clone, Copy, Debug)]
@@ -242,40 +245,59 @@ fn holdings(web: &mut Web) -> [Holdings; 2] {
     })
 }
 
-/// Opens and closes connections, 500 each second, every other one aborted with a request under way.
+/// Opens and closes 500 connections each second, every other one aborted with a request under way.
 fn churn(client: &Pod, seconds: u32) {
+    const AT_A_TIME: u32 = 4;
     let started = Instant::now();
-    for number in 0..seconds * 500 {
-        let due = started + Duration::from_millis(2) * number;
-        thread::sleep(due.saturating_duration_since(Instant::now()));
-        let mut stream = connect(client, address(WEB_V4, 80));
-        stream
-            .write_all(b"GET /status/200 HTTP/1.1\r\nhost: web\r\n\r\n")
-            .unwrap();
-        if number % 2 == 0 {
-            SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
-        } else {
-            stream.read_exact(&mut [0; 16]).unwrap();
+    thread::scope(|scope| {
+        for first in 0..AT_A_TIME {
+            scope.spawn(move || {
+                for number in (first..seconds * 500).step_by(AT_A_TIME as usize) {
+                    let due = started + Duration::from_millis(2) * number;
+                    thread::sleep(due.saturating_duration_since(Instant::now()));
+                    come_and_go(client, number / AT_A_TIME % 2 == 0);
+                }
+            });
         }
+    });
+    let most = Duration::from_secs(seconds.into()).mul_f64(1.1);
+    assert!(
+        started.elapsed() < most,
+        "the rate was not held: {:?}",
+        started.elapsed()
+    );
+}
+
+fn come_and_go(client: &Pod, abort: bool) {
+    let mut stream = connect(client, address(WEB_V4, 80));
+    stream
+        .write_all(b"GET /status/200 HTTP/1.1\r\nhost: web\r\n\r\n")
+        .unwrap();
+    if abort {
+        SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
+    } else {
+        stream.read_exact(&mut [0; 16]).unwrap();
     }
 }
 
 #[test]
 fn nothing_is_left_of_connections_that_came_and_went() {
     let mut web = web();
-    // What is made once and kept: pools, buffers, caches.
-    churn(&web.client, 5);
     let settled = |web: &mut Web, check: &dyn Fn(&Holdings, usize) -> bool| {
-        until_ok("the agents to let go", Duration::from_secs(40), || {
+        until_ok("the agents to let go", Duration::from_secs(60), || {
             let now = holdings(web);
             anyhow::ensure!(now.iter().zip(0..).all(|(one, node)| check(one, node)), "{now:?}");
             Ok(now)
         })
         .unwrap()
     };
-    thread::sleep(Duration::from_secs(2));
-    let before = settled(&mut web, &|one, _| one.flows == 0);
-    churn(&web.client, 10);
+    // What is made once and kept: pools, buffers, caches, the allocator's share of each thread.
+    churn(&web.client, 20);
+    let idle = settled(&mut web, &|one, _| one.flows == 0);
+    let before = settled(&mut web, &|one, node| {
+        one.flows == 0 && one.descriptors <= idle[node].descriptors
+    });
+    churn(&web.client, 60);
     let after = settled(&mut web, &|one, node| {
         one.flows == 0 && one.descriptors <= before[node].descriptors + 5
     });
@@ -286,4 +308,72 @@ fn nothing_is_left_of_connections_that_came_and_went() {
         );
     }
     wait_for(&web.client, &format!("http://{WEB_V4}/"));
+}
+
+#[test]
+fn certificates_are_renewed_under_load_and_nobody_notices() {
+    // A certificate lives no longer than its root. This one, made by a clock that is late, ends soon.
+    const LEFT: Duration = Duration::from_secs(75);
+    const ROOT_LIFE: Duration = Duration::from_hours(10 * 365 * 24);
+    let mut mesh = Mesh::start(&Options {
+        agents: false,
+        ..Options::default()
+    })
+    .unwrap();
+    let late = Clock::new(|| SystemTime::now() - ROOT_LIFE + LEFT);
+    Identities::open_embedded_with(&mesh.run.dir().join("ca"), "cluster.local", late).unwrap();
+    let made = Instant::now();
+    mesh.start_agents(&Options::default()).unwrap();
+    mesh.service("web", &[WEB_V4], &[("http", 80, HTTP)], "web")
+        .unwrap();
+    mesh.service("echo", &[ECHO], &[("tcp", 7, 7777)], "web").unwrap();
+    let mut server = http_server(&mut mesh, PodSpec::new("web", 1));
+    server.serve(&mesh.run, "echo", 7777).unwrap();
+    let client = mesh.pod(PodSpec::new("client", 0)).unwrap();
+    wait_for(&client, &format!("http://{WEB_V4}/"));
+    let renewals = |mesh: &Mesh| {
+        let count = |agent: &Agent| {
+            agent
+                .metrics()
+                .unwrap()
+                .sum("mesh_agent_certificate_renewals_total", &[])
+        };
+        [count(&mesh.agents[0]), count(&mesh.agents[1])]
+    };
+    let (before, mut open) = (renewals(&mesh), connect(&client, address(ECHO, 7)));
+
+    // To shortly before the end, when there was time for at least two renewals each.
+    let load = (LEFT - Duration::from_secs(12)).saturating_sub(made.elapsed());
+    let requests = (load.as_secs() * 100).to_string();
+    let url = format!("http://{WEB_V4}/status/200");
+    let report = thread::scope(|scope| {
+        let args = [
+            &*url,
+            "--connections",
+            "4",
+            "--rate",
+            "100",
+            "--requests",
+            &requests,
+        ];
+        let loading = scope.spawn({
+            let client = &client;
+            move || client.load(&args).unwrap()
+        });
+        while !loading.is_finished() {
+            let mut back = [0; 4];
+            open.write_all(b"ping").unwrap();
+            open.read_exact(&mut back).unwrap();
+            assert_eq!(&back, b"ping");
+            // A connection of its own each time: it is made with the certificate of the moment.
+            come_and_go(&client, false);
+            thread::sleep(Duration::from_millis(100));
+        }
+        loading.join().unwrap()
+    });
+    assert_eq!(report["failed"], 0, "{report}");
+    assert_eq!(report["statuses"]["200"].to_string(), requests, "{report}");
+    for (before, after) in before.iter().zip(renewals(&mesh)) {
+        assert!(after >= before + 2.0, "{before} certificates, then {after}");
+    }
 }

@@ -3,12 +3,14 @@
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr};
 use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
 use mesh_tests::{Mesh, Options, Pod, PodSpec, until_ok};
 
-use crate::common::{HTTP, WEB_V4, address, connect, seen, seen_header, try_connect, web};
+use crate::common::{HTTP, WEB_V4, Web, address, connect, seen, seen_header, try_connect, web};
 
 fn peer_authentication(mode: &str) -> String {
     format!(
@@ -179,6 +181,39 @@ fn the_port_between_agents_takes_only_mtls() {
         said.contains("certificate required") || said.contains("alert"),
         "{said}"
     );
+    // A member of the mesh that does not say what it will speak, and one that speaks something else.
+    let failures = |web: &Web| {
+        let metrics = web.mesh.agents[1].metrics().unwrap();
+        metrics.sum("mesh_agent_handshake_failures_total", &[])
+    };
+    let before = failures(&web);
+    assert!(before >= 1.0, "{before}");
+    let (key, certificate) = member(&web);
+    for alpn in [&[][..], &["-alpn", "http/1.1"]] {
+        let mut openssl = stranger.command("timeout");
+        openssl.args([
+            "5",
+            "openssl",
+            "s_client",
+            "-tls1_3",
+            "-ign_eof",
+            "-connect",
+            &at.to_string(),
+        ]);
+        openssl
+            .args(alpn)
+            .arg("-key")
+            .arg(&key)
+            .arg("-cert")
+            .arg(&certificate);
+        mesh_tests::shell::raw(openssl.stdin(Stdio::null())).unwrap();
+    }
+    until_ok("both to be counted", Duration::from_secs(5), || {
+        let counted = failures(&web) - before;
+        anyhow::ensure!((counted - 2.0).abs() < 0.1, "{counted}");
+        Ok(())
+    })
+    .unwrap();
     // No TLS at all.
     let stream = try_connect(&stranger, at).unwrap();
     (&stream)
@@ -191,6 +226,35 @@ fn the_port_between_agents_takes_only_mtls() {
         "{}",
         String::from_utf8_lossy(&answer)
     );
+}
+
+/// A key and a certificate that the mesh's root vouches for.
+fn member(web: &Web) -> (PathBuf, PathBuf) {
+    let (dir, ca) = (web.mesh.run.dir(), web.mesh.run.dir().join("ca"));
+    let [key, request, certificate] = ["key.pem", "request.pem", "cert.pem"].map(|name| dir.join(name));
+    let mut ask = Command::new("openssl");
+    ask.args([
+        "req",
+        "-new",
+        "-nodes",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+    ]);
+    ask.args(["-subj", "/", "-addext"]);
+    ask.arg("subjectAltName=critical,URI:spiffe://cluster.local/ns/shop/sa/member");
+    ask.arg("-keyout").arg(&key).arg("-out").arg(&request);
+    mesh_tests::shell::output(&mut ask).unwrap();
+    let mut sign = Command::new("openssl");
+    sign.args(["x509", "-req", "-days", "1", "-copy_extensions", "copy"]);
+    sign.arg("-CA")
+        .arg(ca.join("ca-cert.pem"))
+        .arg("-CAkey")
+        .arg(ca.join("ca-key.pem"));
+    sign.arg("-in").arg(&request).arg("-out").arg(&certificate);
+    mesh_tests::shell::output(&mut sign).unwrap();
+    (key, certificate)
 }
 
 #[test]

@@ -31,6 +31,41 @@ fn an_idempotent_request_survives_a_reset_and_another_does_not() {
 }
 
 #[test]
+fn a_stream_that_a_backend_refuses_is_tried_again_whatever_the_method() {
+    let web = web();
+    web.mesh
+        .service("web2", &["10.96.0.61"], &[("http2", 80, HTTP)], "web")
+        .unwrap();
+    let url = |path: &str| format!("http://10.96.0.61{path}");
+    wait_until(&web.client, &[&url("/status/200")], |response| {
+        response.header("x-seen-version") == Some("HTTP/2.0")
+    });
+    let retries = || {
+        web.mesh.agents[0]
+            .metrics()
+            .unwrap()
+            .sum("mesh_agent_retries_total", &[])
+    };
+    let before = retries();
+    let post = web
+        .client
+        .curl(&[&url("/flaky?key=refused&times=2&how=refused"), "--data", "a body"])
+        .unwrap();
+    assert_eq!((post.status, &*post.body), (200, "worked at request 3\n"));
+    assert!(
+        (retries() - before - 2.0).abs() < 0.1,
+        "{before}, then {}",
+        retries()
+    );
+    // Any other reset may have come after the work was done.
+    let reset = web
+        .client
+        .curl(&[&url("/flaky?key=reset&times=1&how=reset"), "--data", "a body"])
+        .unwrap();
+    assert_eq!(reset.status, 503, "{reset:?}");
+}
+
+#[test]
 fn codes_that_the_route_asks_for_with_their_bodies() {
     let web = web();
     web.mesh

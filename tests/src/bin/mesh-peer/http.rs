@@ -8,13 +8,15 @@
 //! | `/echo` | returns the body as it comes, trailers too |
 //! | `/trailers` | a body, then the trailer `x-trailer: yes` |
 //! | `/reset` | ends the connection (HTTP/2: the stream) without an answer |
-//! | `/flaky?key=K&times=N&how=reset\|CODE` | fails the first N requests with that key |
+//! | `/flaky?key=K&times=N&how=reset\|refused\|CODE` | fails the first N requests with that key; refused: `REFUSED_STREAM` |
 //! | `/upgrade` | 101, then returns what it gets |
 //! | anything else | JSON that describes the request, body included |
 //!
 //! A gRPC request gets its messages back, whatever the method is called.
 
 use std::collections::HashMap;
+use std::error::Error;
+use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -39,13 +41,32 @@ const QUEUE: usize = 4;
 
 pub(crate) async fn serve(stream: TcpStream, peer: SocketAddr, name: String) {
     let name: Arc<str> = name.into();
-    let service = service_fn(move |request| answer(request, peer, Arc::clone(&name)));
+    let service = service_fn(move |request| {
+        let answer = answer(request, peer, Arc::clone(&name));
+        async { answer.await.map_err(Failed) }
+    });
     let mut server = auto::Builder::new(TokioExecutor::new());
     server.http1().half_close(true);
     // Errors here are the clients' and the tests' own: resets, aborted uploads.
     let _ended = server
         .serve_connection_with_upgrades(TokioIo::new(stream), service)
         .await;
+}
+
+/// What hyper looks into for the code of a stream's reset; an [`io::Error`] hides what is in it.
+#[derive(Debug)]
+struct Failed(io::Error);
+
+impl fmt::Display for Failed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl Error for Failed {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.0.get_ref().map(|error| error as _)
+    }
 }
 
 async fn answer(
@@ -156,9 +177,11 @@ fn flaky(request: &Request<Incoming>) -> io::Result<Response<Frames>> {
     if count > number(request, "times") {
         return Ok(text(&format!("worked at request {count}\n")));
     }
-    match parameter(request, "how").and_then(|how| how.parse().ok()) {
-        Some(code) => Ok(status(code)),
-        None => Err(io::ErrorKind::ConnectionReset.into()),
+    let how = parameter(request, "how").unwrap_or_default();
+    match how.parse() {
+        Ok(code) => Ok(status(code)),
+        Err(_) if how == "refused" => Err(io::Error::other(h2::Error::from(h2::Reason::REFUSED_STREAM))),
+        Err(_) => Err(io::ErrorKind::ConnectionReset.into()),
     }
 }
 
