@@ -81,7 +81,7 @@ pub async fn run(config: AgentConfig, log: LogHandle, lanes: Lanes) -> anyhow::R
         identities: identities.clone(),
         log,
         readiness: readiness.clone(),
-        pulse: pulse(&data),
+        pulse: pulse(&lanes),
         enrolments: workloads.enrolments(),
         connections: show::connections(proxy.connections.clone()),
         ebpf: show::ebpf(capture.clone()),
@@ -113,10 +113,12 @@ pub async fn run(config: AgentConfig, log: LogHandle, lanes: Lanes) -> anyhow::R
     Ok(())
 }
 
-/// Beats on the data path's runtime.
-fn pulse(data: &Handle) -> Pulse {
+/// Beats on each of the data path's threads.
+fn pulse(lanes: &Lanes) -> Pulse {
     let pulse = Pulse::default();
-    data.spawn(pulse.heart());
+    for lane in lanes.all() {
+        lane.spawn(pulse.heart());
+    }
     pulse
 }
 
