@@ -121,7 +121,7 @@ impl FirstLine {
         }
         if self.words == 0 {
             let begins = |method: &&str| method.as_bytes().starts_with(self.word.start());
-            return match self.word.is_whole() && METHODS.iter().any(|method| begins(&method)) {
+            return match self.word.is_whole() && METHODS.iter().any(begins) {
                 true => Begun::Perhaps,
                 false => Begun::Hardly,
             };

@@ -228,6 +228,12 @@ fn snapshot() -> Snapshot {
     snapshot
         .sources
         .insert("Pod/shop/reviews-1".into(), "pods.yaml:1".into());
+    snapshot.rejected = findings();
+    snapshot
+}
+
+/// Two faults of one document, and a document that is in force in spite of a warning.
+fn findings() -> Arc<[Rejected]> {
     let finding = |severity, document, path: &str| Rejected {
         severity,
         file: "bad.yaml".into(),
@@ -236,12 +242,10 @@ fn snapshot() -> Snapshot {
         path: path.into(),
         message: "unknown field".into(),
     };
-    // Two faults of one document, and a document that is in force in spite of a warning.
-    snapshot.rejected = [
+    [
         finding(Severity::Error, 2, "spec.rules[0]"),
         finding(Severity::Error, 2, "spec.rules[1]"),
         finding(Severity::Warning, 3, ""),
     ]
-    .into();
-    snapshot
+    .into()
 }

@@ -49,7 +49,7 @@ async fn a_data_path_that_hangs_is_told() {
     // It beats for longer than the bound.
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(page.get("/healthz").await.status, 200);
-    let (release, held) = std::sync::mpsc::channel::<()>();
+    let (release, held) = std::sync::mpsc::sync_channel::<()>(1);
     watched.spawn(async move { held.recv() });
     let body = until(503).await;
     assert!(body.contains("the data path hangs"), "{body}");
