@@ -1,8 +1,8 @@
 //! The data path's threads: one runtime each, so that what belongs to a connection stays on one core.
 //!
 //! A connection is given a lane when it is accepted, and everything done for it (its requests, the pooled
-//! connections they use) happens there: no lock that another core holds, no task that another core must be woken
-//! for. Invariant: a lane never waits for another.
+//! connections they use) happens there: a request takes no lock that another core holds, and wakes no task of
+//! another core. Invariant: a lane never waits for another.
 
 use std::cell::Cell;
 use std::future::Future;

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Context;
-use mesh_tests::{Options, http, until_ok};
+use mesh_tests::{Options, PodSpec, http, until_ok};
 use serde_json::Value;
 
 use crate::common::{HTTP, WEB_V4, wait_until, web, web_with};
@@ -224,4 +224,45 @@ fn one_endpoint_behind_two_services_is_counted_for_each() {
         Ok(())
     })
     .unwrap();
+}
+
+/// Every way to end has the flag that Envoy's users know, on both sides.
+#[test]
+fn flags_say_how_a_request_ended() {
+    let mut web = web();
+    let pod = web.mesh.pod(PodSpec::new("closed", 0)).unwrap();
+    web.mesh.wait_known(&pod).unwrap();
+    // Nobody listens there: on the same node, and on the other one.
+    for to in [pod.at(9), web.server.at(9)] {
+        let refused = web.client.curl(&[&format!("http://{to}/")]).unwrap();
+        assert_eq!(refused.status, 503, "{refused:?}");
+    }
+    let trailers = format!("http://{WEB_V4}/trailers");
+    let args = ["--header", "te: trailers", &trailers];
+    assert_eq!(web.client.curl(&args).unwrap().status, 200);
+    let ended = [
+        ("closed", "503", "UF", ["node-a", "node-a"]),
+        ("web", "503", "UF", ["node-a", "node-b"]),
+        ("web", "200", "-", ["node-a", "node-b"]),
+    ];
+    for (workload, code, flags, nodes) in ended {
+        for (node, reporter) in nodes.into_iter().zip(["source", "destination"]) {
+            let agent = web.mesh.agents.iter().find(|agent| agent.node == node).unwrap();
+            let labels = [
+                ("reporter", reporter),
+                ("destination_workload", workload),
+                ("response_code", code),
+            ];
+            let what = format!("{reporter} {workload} {code} {flags}");
+            until_ok(&what, Duration::from_secs(3), || {
+                let metrics = agent.metrics()?;
+                let all = metrics.sum("istio_requests_total", &labels);
+                let labels = [&labels[..], &[("response_flags", flags)]].concat();
+                let flagged = metrics.sum("istio_requests_total", &labels);
+                anyhow::ensure!(all > 0.0 && flagged == all, "{flagged} of {all}");
+                Ok(())
+            })
+            .unwrap();
+        }
+    }
 }

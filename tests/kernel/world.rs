@@ -93,7 +93,7 @@ pub(crate) fn keeper(capture: &Capture) -> Runtime {
         .build()
         .unwrap();
     let capture = capture.clone();
-    runtime.spawn(async move { capture.keep_alive().await });
+    runtime.spawn(async move { capture.keep_alive(|| true).await });
     runtime
 }
 

@@ -71,6 +71,7 @@ pub async fn run(config: AgentConfig, log: LogHandle, lanes: Lanes) -> anyhow::R
         lanes.clone(),
         drain.clone(),
     );
+    let pulse = pulse(&lanes);
     let sources = Arc::new(AdminSources {
         node: config.node.clone(),
         started: SystemTime::now(),
@@ -81,7 +82,7 @@ pub async fn run(config: AgentConfig, log: LogHandle, lanes: Lanes) -> anyhow::R
         identities: identities.clone(),
         log,
         readiness: readiness.clone(),
-        pulse: pulse(&lanes),
+        pulse: pulse.clone(),
         enrolments: workloads.enrolments(),
         connections: show::connections(proxy.connections.clone()),
         ebpf: show::ebpf(capture.clone()),
@@ -92,9 +93,11 @@ pub async fn run(config: AgentConfig, log: LogHandle, lanes: Lanes) -> anyhow::R
             .with_context(|| format!("cannot listen on {address}: another agent, or another program, may"))?;
         tokio::spawn(admin::serve(listener, scope, Arc::clone(&sources)));
     }
-    let beating = capture.clone();
-    // On the data path: it is the one whose hanging the kernel side must notice.
-    lanes.next().spawn(async move { beating.keep_alive().await });
+    let (beating, beats) = (capture.clone(), pulse);
+    // The kernel side must notice when any of the data path's threads hangs.
+    lanes
+        .next()
+        .spawn(async move { beating.keep_alive(|| beats.hung().is_none()).await });
     let renewing = identities.clone();
     tokio::spawn(async move { renewing.run().await });
     tokio::spawn(watch_counters(capture));

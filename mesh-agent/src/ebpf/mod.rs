@@ -143,13 +143,16 @@ impl Capture {
         self.shared.state()
     }
 
-    /// Gives signs of life, and sweeps what connections that came to nothing left. Never ends.
-    pub async fn keep_alive(&self) {
+    /// Gives signs of life as long as the data path is `alive`, and sweeps what connections that came to nothing
+    /// left. Never ends.
+    pub async fn keep_alive(&self, alive: impl Fn() -> bool) {
         let mut ticks = tokio::time::interval(HEARTBEAT);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
         loop {
             ticks.tick().await;
-            if let Err(error) = self.beat() {
+            if alive()
+                && let Err(error) = self.beat()
+            {
                 tracing::error!(%error, "cannot tell the kernel side that the agent is alive");
             }
             self.sweep();

@@ -3,6 +3,7 @@
 //! Invariant: frames are passed on as they come, never copied; whatever must happen at the end of a response
 //! (measuring it, giving its connection back) happens exactly once, also when the body is dropped half-way.
 
+use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -14,6 +15,7 @@ use hyper::body::Incoming;
 
 use super::app_pool::Lease;
 use super::app_streams::Place;
+use super::context::Local;
 use super::mesh_pool::{Sending, StreamLease};
 use super::mesh_stream::Receiving;
 use super::record::{Exchange, Tail};
@@ -39,7 +41,28 @@ enum Source {
     Receiving(Box<Receiving>),
     Replay(Replay),
     /// A response that the inbound pipeline of the same agent gave.
-    Nested(Box<Body>),
+    Nested(Box<Nested>),
+}
+
+struct Nested {
+    body: Body,
+    released: Pin<Box<dyn Future<Output = ()> + Send>>,
+}
+
+impl Nested {
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        if self.released.as_mut().poll(cx).is_ready() {
+            self.body = Body::default();
+            return Poll::Ready(Some(Err("the workload that answered is gone".into())));
+        }
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+}
+
+impl std::fmt::Debug for Nested {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.body.fmt(f)
+    }
 }
 
 #[derive(Debug, Default)]
@@ -85,8 +108,12 @@ impl Body {
         Self::of(Source::Replay(body))
     }
 
-    pub(super) fn nested(body: Self) -> Self {
-        Self::of(Source::Nested(Box::new(body)))
+    /// `body` comes from `from`, a workload of this node, and breaks off when that is released.
+    pub(super) fn nested(body: Self, from: Arc<Local>) -> Self {
+        Self::of(Source::Nested(Box::new(Nested {
+            body,
+            released: Box::pin(async move { from.released().await }),
+        })))
     }
 
     pub(super) fn counted(mut self, exchange: Arc<Exchange>) -> Self {
@@ -123,7 +150,7 @@ impl Body {
             Source::Incoming(body) => Pin::new(body).poll_frame(cx).map_err(Into::into),
             Source::Receiving(body) => body.poll_frame(cx),
             Source::Replay(body) => body.poll_frame(cx),
-            Source::Nested(body) => Pin::new(&mut **body).poll_frame(cx),
+            Source::Nested(nested) => nested.poll_frame(cx),
         }
     }
 
@@ -168,7 +195,8 @@ impl http_body::Body for Body {
         }
         let last = match &frame {
             None => true,
-            Some(Ok(_)) => self.is_end_stream(),
+            // Nobody asks for more after trailers.
+            Some(Ok(frame)) => frame.is_trailers() || self.is_end_stream(),
             Some(Err(_)) => {
                 self.held = Held::Nothing;
                 false
@@ -187,7 +215,7 @@ impl http_body::Body for Body {
             Source::Incoming(body) => body.is_end_stream(),
             Source::Receiving(body) => body.is_end_stream(),
             Source::Replay(body) => body.is_end_stream(),
-            Source::Nested(body) => body.is_end_stream(),
+            Source::Nested(nested) => nested.body.is_end_stream(),
         }
     }
 
@@ -198,7 +226,7 @@ impl http_body::Body for Body {
             Source::Incoming(body) => body.size_hint(),
             Source::Receiving(body) => body.size_hint(),
             Source::Replay(body) => body.size_hint(),
-            Source::Nested(body) => body.size_hint(),
+            Source::Nested(nested) => nested.body.size_hint(),
         }
     }
 }

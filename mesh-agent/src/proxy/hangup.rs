@@ -4,15 +4,14 @@
 //! still get its answer; a client that is gone would then be noticed only by writing to it. It flushes whenever it
 //! is polled though, and there the client's side is looked at.
 //!
-//! Invariants: a reset ends the connection, and what is done for it, at once; a client that ended its side, which
+//! Invariants: a reset ends the connection, and what is done for it, at once, unless the client has sent
+//! more that waits to be read (a second request); a client that ended its side, which
 //! looks the same whether it still listens or not, has its answer only as long as less than [`HALF_OPEN`] passes
 //! without a byte of it; what is read ahead (one byte at most) is given again.
 
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -27,8 +26,6 @@ const HALF_OPEN: Duration = Duration::from_secs(15);
 #[derive(Debug)]
 pub(super) struct Watched<S> {
     stream: S,
-    /// HTTP is over: what follows a switch of protocols is not watched.
-    over: Arc<AtomicBool>,
     /// The reader itself waits for bytes.
     awaited: bool,
     ahead: Option<u8>,
@@ -37,29 +34,16 @@ pub(super) struct Watched<S> {
     silence: Option<Pin<Box<Sleep>>>,
 }
 
-/// Ends the watch when it is dropped.
-#[derive(Debug)]
-pub(super) struct Watch(Arc<AtomicBool>);
-
-impl Drop for Watch {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
 impl<S: AsyncRead + AsyncWrite + Unpin> Watched<S> {
-    pub(super) fn new(stream: S) -> (Self, Watch) {
-        let over = Arc::new(AtomicBool::new(false));
-        let watched = Self {
+    pub(super) fn new(stream: S) -> Self {
+        Self {
             stream,
-            over: Arc::clone(&over),
             awaited: false,
             ahead: None,
             broken: None,
             ended: false,
             silence: None,
-        };
-        (watched, Watch(over))
+        }
     }
 
     /// The stream, and what was read of it but not by whom it was served.
@@ -69,9 +53,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Watched<S> {
 
     /// An error means that nobody waits for an answer.
     fn look(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
-        if self.over.load(Ordering::Relaxed) {
-            return Ok(());
-        }
         if let Some(error) = self.broken.take() {
             return Err(error);
         }
@@ -172,6 +153,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Watched<S> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use http::{Request, Response};
     use hyper::body::Incoming;
     use socket2::SockRef;

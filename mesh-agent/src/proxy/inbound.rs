@@ -6,14 +6,10 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
-use h2::RecvStream;
-use h2::server::SendResponse;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response};
+use http::{HeaderValue, Request, Response};
 use hyper::body::Incoming;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
@@ -22,13 +18,13 @@ use tokio_rustls::server::TlsStream;
 use super::body::Body;
 use super::context::{Direction, Life, Local};
 use super::detect::{Detected, Prefixed};
+use super::door::Door;
 use super::error::{Error, Kind};
 use super::inbound_http;
 use super::listener::Accepted;
-use super::mesh_stream::{Duplex, Receiving};
 use super::recorders::Recorders;
 use super::stream::Stream;
-use super::{CONNECT_TIMEOUT, HBONE_PORT, Proxy, failure, headers, mesh_serve, reply, serve, session};
+use super::{CONNECT_TIMEOUT, HBONE_PORT, Proxy, failure, mesh_serve, serve, session};
 use crate::authz::{self, Verdict};
 use crate::metrics::{Peers, Reporter, Security, TcpRecorder};
 use crate::model::{Identity, Protocol, Snapshot};
@@ -200,7 +196,7 @@ async fn mutual_tls(proxy: Arc<Proxy>, accepted: Accepted) {
     life.speaks("hbone");
     let _ = life.connection().peer_identity.set(identity.to_string());
     let caller = Caller::new(Some(identity), peer, &local, life);
-    let door = Arc::new(Door { proxy, local, caller });
+    let door = Door::new(proxy, local, caller);
     let handle = move |request, respond| Arc::clone(&door).handle(request, respond);
     mesh_serve::serve(stream, drain, handle).await;
 }
@@ -217,142 +213,17 @@ fn known(shaken: io::Result<TlsStream<TcpStream>>) -> Result<(TlsStream<TcpStrea
     Ok((stream, identity))
 }
 
-/// One mTLS connection from another agent.
-struct Door {
-    proxy: Arc<Proxy>,
-    local: Arc<Local>,
-    /// Its client is the other agent; each request and stream names its own.
-    caller: Caller,
-}
-
-impl Door {
-    async fn handle(self: Arc<Self>, request: Request<RecvStream>, respond: SendResponse<Bytes>) {
-        if request.method() == Method::CONNECT {
-            // Boxed, as all that is rare: the task of each request would else hold its room.
-            return Box::pin(self.byte_stream(request, respond)).await;
-        }
-        let (parts, stream) = request.into_parts();
-        let body = match stream.is_end_stream() {
-            true => Body::default(),
-            false => Body::receiving(Receiving::new(&parts.headers, stream)),
-        };
-        let answering = pin!(async {
-            let answered = self.request(Request::from_parts(parts, body)).await;
-            answered.unwrap_or_else(|error| reply::error(&error, reply::Audience::Http))
-        });
-        mesh_serve::answer(respond, answering).await;
-    }
-
-    /// A native request.
-    async fn request(&self, request: Request<Body>) -> Result<Response<Body>, Error> {
-        let (mut parts, body) = request.into_parts();
-        let to = self.own(address(&parts.headers, &headers::DESTINATION)?)?;
-        let caller = self.caller(&parts.headers);
-        let http2 = parts
-            .headers
-            .get(headers::VERSION)
-            .is_some_and(|version| version == "2");
-        headers::strip_ours(&mut parts.headers);
-        inbound_http::canonical(&mut parts)?;
-        let request = Request::from_parts(parts, body);
-        Ok(inbound_http::deliver(&self.proxy, &self.local, &caller, to, (request, http2)).await)
-    }
-
-    /// An HBONE stream. The answer waits for the application where its protocol is not HTTP, so that the other
-    /// agent learns of a failure while it can still go elsewhere.
-    async fn byte_stream(&self, request: Request<RecvStream>, mut respond: SendResponse<Bytes>) {
-        let opened = {
-            let opening = pin!(self.open(&request));
-            mesh_serve::unless_reset(&mut respond, opening).await
-        };
-        let (pipeline, app) = match opened {
-            Some(Ok(opened)) => opened,
-            Some(Err(error)) => {
-                let refusal = reply::error(&error, reply::Audience::Http);
-                return mesh_serve::answer(respond, pin!(std::future::ready(refusal))).await;
-            }
-            None => return,
-        };
-        let Ok(send) = respond.send_response(Response::new(()), false) else {
-            return;
-        };
-        let stream = Stream::tunnel(Duplex::new(send, request.into_body()), None);
-        let life = Arc::clone(&pipeline.caller.life);
-        tokio::select! {
-            () = pipeline.stream(Prefixed::new(stream), app) => {}
-            () = life.cut() => {}
-        }
-    }
-
-    /// Where an HBONE stream goes, and the application's side of it where that is opened first.
-    async fn open(&self, request: &Request<RecvStream>) -> Result<(Pipeline, Option<Stream>), Error> {
-        let to = request
-            .uri()
-            .authority()
-            .and_then(|authority| authority.as_str().parse().ok());
-        let to = self.own(to.ok_or_else(|| Error::new(Kind::BadRequest, "CONNECT needs ip:port"))?)?;
-        let mut caller = self.caller(request.headers());
-        admit(&self.proxy, &self.local, &caller, to.port())?;
-        let app = match self.proxy.store.load().target_protocol(to) {
-            Protocol::Http1 | Protocol::Http2 | Protocol::Grpc => None,
-            Protocol::Detect | Protocol::Tls | Protocol::Tcp => {
-                Some(connect_app(&self.local, to, caller.client).await?)
-            }
-        };
-        let connections = &self.proxy.connections;
-        caller.life = Arc::new(Life {
-            listed: connections.open(Direction::Inbound, &self.local, caller.client, to),
-            drain: self.caller.life.drain.clone(),
-        });
-        if let Some(identity) = &self.caller.identity {
-            let _ = caller.life.connection().peer_identity.set(identity.to_string());
-        }
-        let pipeline = Pipeline {
-            proxy: Arc::clone(&self.proxy),
-            local: Arc::clone(&self.local),
-            caller,
-            to,
-        };
-        Ok((pipeline, app))
-    }
-
-    fn caller(&self, headers: &HeaderMap) -> Caller {
-        // The other agent connects from its workload's own address, so it may tell the client's port but not
-        // another address. Agents of other projects tell neither.
-        let client = address(headers, &headers::CLIENT)
-            .ok()
-            .filter(|client| client.ip().to_canonical() == self.caller.client.ip().to_canonical())
-            .unwrap_or(self.caller.client);
-        Caller {
-            client,
-            ..self.caller.clone()
-        }
-    }
-
-    /// Only the workload's own addresses may be asked for.
-    fn own(&self, to: SocketAddr) -> Result<SocketAddr, Error> {
-        if self.local.workload().addresses.contains(&to.ip().to_canonical()) {
-            Ok(to)
-        } else {
-            Err(Error::new(
-                Kind::BadRequest,
-                format!("{to} is not an address of {}", self.local.uid),
-            ))
-        }
-    }
-}
-
 /// One stream into a workload's port, admitted.
-struct Pipeline {
-    proxy: Arc<Proxy>,
-    local: Arc<Local>,
-    caller: Caller,
-    to: SocketAddr,
+pub(super) struct Pipeline {
+    pub(super) proxy: Arc<Proxy>,
+    pub(super) local: Arc<Local>,
+    pub(super) caller: Caller,
+    pub(super) to: SocketAddr,
 }
 
 impl Pipeline {
     /// `app` is the application's side, where it is open already.
-    async fn stream(self, mut client: Prefixed<Stream>, app: Option<Stream>) {
+    pub(super) async fn stream(self, mut client: Prefixed<Stream>, app: Option<Stream>) {
         let protocol = self.proxy.store.load().target_protocol(self.to);
         let (dest, to, from) = (Arc::clone(&self.local), self.to, self.caller.client);
         let open = async move {
@@ -363,9 +234,9 @@ impl Pipeline {
         };
         let opened = match protocol {
             Protocol::Http1 | Protocol::Http2 | Protocol::Grpc => {
-                let sniffing = tokio::time::timeout(serve::HEAD_TIMEOUT, super::detect::sniff(&mut client));
-                let Ok(first) = sniffing.await else { return };
-                match first.unwrap_or(Detected::Opaque) {
+                let first = session::first_request(&mut client, &self.caller.life.drain).await;
+                let Some(first) = first else { return };
+                match first {
                     Detected::Http2 => return self.http(client, true).await,
                     // What is not HTTP gets hyper's 400.
                     _ => return self.http(client, false).await,
@@ -422,11 +293,4 @@ impl Pipeline {
         response.headers_mut().remove(failure::FAILURE);
         response
     }
-}
-
-fn address(headers: &HeaderMap, name: &HeaderName) -> Result<SocketAddr, Error> {
-    let value = headers.get(name).and_then(|value| value.to_str().ok());
-    value
-        .and_then(|value| value.parse().ok())
-        .ok_or_else(|| Error::new(Kind::BadRequest, format!("{name} is missing or not ip:port")))
 }

@@ -6,6 +6,7 @@ use std::time::SystemTime;
 
 use http::header::{self, HeaderMap};
 use http::{Request, Response, Version, request};
+use http_body::Body as _;
 use hyper::body::Incoming;
 
 use super::app_pool::AppKey;
@@ -150,18 +151,22 @@ impl Measured {
         audience: reply::Audience,
     ) -> Response<Body> {
         let mut tail = self.0;
-        let (response, flag) = match sent {
+        match sent {
             Ok(response) => {
                 tail.answered_by(to);
-                (response, Flag::None)
+                let tail = tail.head(response.status(), response.headers(), Flag::None);
+                response.map(|body| body.measured(tail))
             }
             Err(error) => {
                 tracing::debug!(%error, %to, "cannot deliver a request");
-                (reply::error(&error, audience), error.answer().1)
+                let response = reply::error(&error, audience);
+                let mut tail = tail.head(response.status(), response.headers(), error.answer().1);
+                // Known to its end; whether the answer is sent, or another try made, is up to who asked.
+                tail.sends(response.body().size_hint().exact().unwrap_or_default());
+                tail.finish();
+                response
             }
-        };
-        let tail = tail.head(response.status(), response.headers(), flag);
-        response.map(|body| body.measured(tail))
+        }
     }
 }
 

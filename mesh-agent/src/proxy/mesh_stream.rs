@@ -23,9 +23,10 @@ use super::body::{Body, BodyError};
 /// that nobody reads could stop all the others.
 pub(super) const STREAM_WINDOW: u32 = 1 << 20;
 pub(super) const CONNECTION_WINDOW: u32 = 8 << 20;
-/// What small frames that wait for their readers may cost beyond their bytes. h2's default would close a connection,
-/// and all its streams, over some thousand small gRPC messages that one slow reader has not taken yet.
-pub(super) const FRAME_BUDGET: usize = 64 << 20;
+/// What small frames that wait for their readers may cost beyond their bytes. h2's default (half the window) would
+/// close a connection, and all its streams, over some thousand small gRPC messages that slow readers have not taken
+/// yet.
+pub(super) const FRAME_BUDGET: usize = 8 * CONNECTION_WINDOW as usize;
 /// Bytes that one write hands to h2 at a time; bounds what a stream holds beside its window.
 const MAX_WRITE: usize = 64 * 1024;
 
@@ -66,7 +67,6 @@ impl Receiving {
                         return Poll::Ready(Some(Ok(Frame::data(data))));
                     }
                 }
-                Some(Err(error)) if is_end(&error) => return Poll::Ready(None),
                 Some(Err(error)) => return Poll::Ready(Some(Err(error.into()))),
                 None => self.data_ended = true,
             }
@@ -77,7 +77,6 @@ impl Receiving {
         let trailers = ready!(self.stream.poll_trailers(cx));
         Poll::Ready(match trailers {
             Ok(trailers) => trailers.map(|trailers| Ok(Frame::trailers(trailers))),
-            Err(error) if is_end(&error) => None,
             Err(error) => Some(Err(error.into())),
         })
     }
@@ -188,6 +187,12 @@ impl Duplex {
         }
     }
 
+    /// Whether the peer gave the stream up, also after all that it sends has been read.
+    pub(super) fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        // An error says that the connection broke.
+        self.send.poll_reset(cx).map(drop)
+    }
+
     /// Tells the peer that the connection behind this end broke (RFC 9113, section 8.5).
     pub(super) fn reset(&mut self) {
         self.send.send_reset(Reason::CONNECT_ERROR);
@@ -203,8 +208,8 @@ impl AsyncRead for Duplex {
         while self.rest.is_empty() {
             match ready!(self.receive.poll_data(cx)) {
                 Some(Ok(data)) => self.rest = data,
-                Some(Err(error)) if !is_end(&error) => return Poll::Ready(Err(broken(error))),
-                Some(Err(_)) | None => return Poll::Ready(Ok(())),
+                Some(Err(error)) => return Poll::Ready(Err(broken(error))),
+                None => return Poll::Ready(Ok(())),
             }
         }
         let n = self.rest.len().min(buf.remaining());
@@ -241,12 +246,7 @@ impl AsyncWrite for Duplex {
     }
 }
 
-/// A server that has sent everything says with this reset only that it wants no more (RFC 9113, section 8.1).
-fn is_end(error: &h2::Error) -> bool {
-    error.is_reset() && error.reason() == Some(Reason::NO_ERROR)
-}
-
-/// Whatever its code, any other reset is what a reset of a socket is.
+/// Whatever its code, a reset is what a reset of a socket is.
 fn broken(error: h2::Error) -> io::Error {
     io::Error::new(io::ErrorKind::ConnectionReset, error)
 }
@@ -265,5 +265,58 @@ pub(super) async fn unanswered(pings: Option<PingPong>, every: Duration, patienc
             Ok(Err(_)) => return std::future::pending().await,
             Err(_) => return,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::{Request, Response};
+    use http_body_util::BodyExt;
+
+    use super::*;
+
+    const HALF: Bytes = Bytes::from_static(b"half of it");
+
+    /// What a client receives of a response that `serve` sends.
+    async fn received<F: Future<Output = ()> + Send + 'static>(
+        serve: impl FnOnce(SendStream<Bytes>, RecvStream) -> F + Send + 'static,
+    ) -> Result<Bytes, BodyError> {
+        let (client, server) = tokio::io::duplex(64 * 1024);
+        tokio::spawn(async move {
+            let mut connection = h2::server::handshake(server).await.unwrap();
+            let (request, mut respond) = connection.accept().await.unwrap().unwrap();
+            let stream = respond.send_response(Response::new(()), false).unwrap();
+            tokio::spawn(serve(stream, request.into_body()));
+            while connection.accept().await.is_some() {}
+        });
+        let (mut sender, connection) = h2::client::handshake(client).await.unwrap();
+        tokio::spawn(connection);
+        let request = Request::post("http://a/").body(()).unwrap();
+        // The request never ends.
+        let (response, _sending) = sender.send_request(request, false).unwrap();
+        let (head, stream) = response.await.unwrap().into_parts();
+        let body = Body::receiving(Receiving::new(&head.headers, stream));
+        body.collect().await.map(http_body_util::Collected::to_bytes)
+    }
+
+    #[tokio::test]
+    async fn what_ends_without_its_end_is_broken_whatever_the_code() {
+        for reason in [Reason::NO_ERROR, Reason::CANCEL, Reason::INTERNAL_ERROR] {
+            let cut = received(move |mut stream, _request| async move {
+                stream.send_data(HALF, false).unwrap();
+                stream.send_reset(reason);
+            });
+            assert!(cut.await.is_err(), "{reason:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_server_may_answer_without_reading_the_request() {
+        // h2 resets with NO_ERROR what was not read.
+        let whole = received(|mut stream, request| async move {
+            stream.send_data(HALF, true).unwrap();
+            drop(request);
+        });
+        assert_eq!(whole.await.unwrap(), HALF);
     }
 }

@@ -9,9 +9,11 @@
 
 mod app_pool;
 mod app_streams;
+mod asked;
 mod body;
 mod context;
 mod detect;
+mod door;
 mod error;
 mod failure;
 mod first_line;

@@ -10,7 +10,7 @@ use http::Request;
 use hyper::body::Incoming;
 
 use super::context::{Direction, Life, Local};
-use super::detect::{self, Detected, Prefixed};
+use super::detect::{Detected, Prefixed};
 use super::error::{Error, Kind};
 use super::listener::Accepted;
 use super::recorders::Recorders;
@@ -123,10 +123,9 @@ impl Outbound {
         match protocol {
             Protocol::Tls | Protocol::Tcp => self.opaque(client, None).await,
             Protocol::Http1 | Protocol::Http2 | Protocol::Grpc => {
-                let sniffing = tokio::time::timeout(serve::HEAD_TIMEOUT, detect::sniff(&mut client));
-                let Ok(first) = sniffing.await else { return };
-                let http2 = matches!(first, Ok(Detected::Http2));
-                self.http(client, http2).await;
+                let first = session::first_request(&mut client, &self.life.drain).await;
+                let Some(first) = first else { return };
+                self.http(client, first == Detected::Http2).await;
             }
             Protocol::Detect => {
                 let mut opening = Box::pin(self.open());

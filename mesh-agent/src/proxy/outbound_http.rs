@@ -4,28 +4,23 @@
 //! also when its client goes away before there is an answer; a body is sent again only from the replay buffer, and
 //! only while all of it is there.
 
-use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::{Request, Response, StatusCode, request};
+use http::{Request, Response, request};
 use http_body::Body as _;
 use hyper::body::Incoming;
-use tokio::time::Instant;
 
+use super::asked::{Asked, Tried};
 use super::body::Body;
 use super::error::{Error, Kind};
-use super::outbound::{Candidates, Outbound, Target, peers};
-use super::record::{Exchange, Outcome, Tail};
-use super::recorders::Exchanging;
+use super::outbound::{Candidates, Outbound, Target};
+use super::record::Exchange;
 use super::replay::Replayable;
 use super::upstream::Way;
 use super::{headers, inbound_http, reply, upgrade};
-use crate::metrics::{Flag, HttpRecorder, Peers, Reporter, Security};
-use crate::model::{
-    Backend, Endpoint, HeaderEdits, InFlight, RetryPolicy, RouteRule, Service, Snapshot, Timeouts, Workload,
-};
+use crate::model::{Backend, Endpoint, HeaderEdits, RetryPolicy, RouteRule, Snapshot, Timeouts, Workload};
 use crate::retry::{self, Decision, Failure};
 use crate::route;
 
@@ -44,14 +39,7 @@ pub(super) async fn handle(outbound: Arc<Outbound>, request: Request<Incoming>) 
     outbound.proxy.retries.deposit();
     let snapshot = outbound.proxy.store.load();
     let source = outbound.local.workload();
-    let mut asked = Asked {
-        outbound: &outbound,
-        snapshot: &snapshot,
-        source: &source,
-        exchange: Exchange::begin(line),
-        tried: Tried::default(),
-        finished: false,
-    };
+    let mut asked = Asked::begin(&outbound, (&snapshot, &source), Exchange::begin(line));
     let (exchange, tried) = (&asked.exchange, &mut asked.tried);
     let sent = async {
         let switch = headers::upgrade(&parts);
@@ -155,20 +143,6 @@ impl<'a> Plan<'a> {
     }
 }
 
-/// How far a request got.
-#[derive(Default)]
-struct Tried {
-    addresses: Vec<SocketAddr>,
-    tries: u32,
-    last: Option<(Endpoint, Security)>,
-    /// Whose endpoints are tried.
-    service: Option<Arc<Service>>,
-    in_flight: Option<InFlight>,
-    route: Option<Arc<str>>,
-    deadline: Option<Instant>,
-    exhausted: bool,
-}
-
 struct Attempts<'a> {
     outbound: &'a Outbound,
     source: &'a Workload,
@@ -214,13 +188,18 @@ impl Attempts<'_> {
                 return result;
             }
             drop(result);
-            tried.in_flight = None;
-            self.outbound.proxy.metrics().agent().retries.inc();
-            let wait = retry::backoff(self.plan.retry.backoff, tried.tries, fastrand::u64(..));
-            // Another endpoint can be asked at once; the same one gets time to recover.
-            if self.plan.candidates.endpoints.len() <= tried.addresses.len() && wait > Duration::ZERO {
-                tokio::time::sleep(wait).await;
-            }
+            self.pause(tried).await;
+        }
+    }
+
+    /// Before another try.
+    async fn pause(&self, tried: &mut Tried) {
+        tried.in_flight = None;
+        self.outbound.proxy.metrics().agent().retries.inc();
+        let wait = retry::backoff(self.plan.retry.backoff, tried.tries, fastrand::u64(..));
+        // Another endpoint can be asked at once; the same one gets time to recover.
+        if self.plan.candidates.endpoints.len() <= tried.addresses.len() && wait > Duration::ZERO {
+            tokio::time::sleep(wait).await;
         }
     }
 
@@ -254,7 +233,8 @@ impl Attempts<'_> {
             let error = match from.stream(&way, endpoint.address).await {
                 Ok(stream) => {
                     let Way::Local(dest) = &way else {
-                        return upgrade::switch(stream, switching, from.life, None).await;
+                        let held = tried.in_flight.take();
+                        return upgrade::switch(stream, switching, from.life, None, held).await;
                     };
                     let (caller, to) = (from.caller(dest), endpoint.address);
                     let app = Some(stream);
@@ -267,10 +247,11 @@ impl Attempts<'_> {
             }
             let failure = failure(error.kind);
             let decision = retry::decide(failure, &switching.0.method, tried.tries, true, &self.plan.retry);
+            tried.exhausted = decision == Decision::Exhausted;
             if decision != Decision::Retry {
                 return Err(error);
             }
-            self.outbound.proxy.metrics().agent().retries.inc();
+            self.pause(tried).await;
         }
     }
 
@@ -303,106 +284,5 @@ fn failure(kind: Kind) -> Failure {
         | Kind::RequestTimeout
         | Kind::Denied
         | Kind::Internal => Failure::Other,
-    }
-}
-
-/// A request under way.
-struct Asked<'a> {
-    outbound: &'a Outbound,
-    snapshot: &'a Snapshot,
-    source: &'a Workload,
-    exchange: Arc<Exchange>,
-    tried: Tried,
-    finished: bool,
-}
-
-impl Asked<'_> {
-    /// Turns what came of a request into the client's answer, measured to its end.
-    fn finish(mut self, sent: Result<Response<Body>, Error>, audience: reply::Audience) -> Response<Body> {
-        let (mut response, flag, deadline) = match sent {
-            Ok(response) => {
-                let switched = response.status() == StatusCode::SWITCHING_PROTOCOLS;
-                let deadline = self.tried.deadline.filter(|_| !switched);
-                (response, Flag::None, deadline)
-            }
-            Err(error) => {
-                let (workload, to) = (&self.outbound.local.uid, self.outbound.original);
-                tracing::debug!(%error, %workload, %to, "request failed");
-                (reply::error(&error, audience), error.answer().1, None)
-            }
-        };
-        let flag = if self.tried.exhausted {
-            Flag::RetryLimit
-        } else {
-            flag
-        };
-        response.headers_mut().remove(super::failure::FAILURE);
-        let tail = self
-            .tail()
-            .head(response.status(), response.headers(), flag)
-            .until(deadline);
-        response.map(|body| body.measured(tail))
-    }
-
-    /// Measures from here on; called once.
-    fn tail(&mut self) -> Box<Tail> {
-        self.finished = true;
-        let recorder = self.recorder();
-        let tried = std::mem::take(&mut self.tried);
-        let logged = self.exchange.line.is_some();
-        let workload = |(endpoint, _): &(Endpoint, Security)| endpoint.workload.clone().filter(|_| logged);
-        let (last, log) = (tried.last.as_ref(), self.outbound.proxy.access_log.clone());
-        let outcome = Outcome {
-            upstream: last.map(|(endpoint, _)| endpoint.address),
-            destination: last.and_then(workload).map(|workload| workload.uid().into()),
-            identity: last
-                .filter(|(_, security)| *security == Security::MutualTls)
-                .and_then(workload)
-                .map(|workload| workload.identity.clone()),
-            route: tried.route,
-            attempts: tried.tries,
-        };
-        Tail::new(Arc::clone(&self.exchange), recorder, log, "outbound")
-            .to(outcome)
-            .counting(tried.in_flight)
-    }
-
-    fn recorder(&self) -> Arc<HttpRecorder> {
-        let last = self.tried.last.as_ref();
-        // Where nothing was tried, the service that was dialled.
-        let dialled = match last {
-            Some(_) => None,
-            None => self.outbound.candidates(self.snapshot).service,
-        };
-        let service = self.tried.service.as_deref().or(dialled.as_deref());
-        let key = Exchanging {
-            inbound: false,
-            one: self.outbound.original,
-            other: last.map(|(endpoint, _)| endpoint.address),
-            service: service.map(|service| std::ptr::from_ref(service).addr()),
-        };
-        self.outbound.recorders.get(self.snapshot.generation, key, || {
-            self.outbound.proxy.metrics().http(&match last {
-                Some((endpoint, security)) => peers(self.source, endpoint, service, *security),
-                None => Peers {
-                    reporter: Reporter::Source,
-                    source: Some(self.source),
-                    source_identity: None,
-                    destination: None,
-                    destination_identity: None,
-                    service,
-                    security: Security::Unknown,
-                },
-            })
-        })
-    }
-}
-
-impl Drop for Asked<'_> {
-    /// The client went away while there was no answer.
-    fn drop(&mut self) {
-        if !self.finished {
-            drop(self.tail());
-        }
     }
 }

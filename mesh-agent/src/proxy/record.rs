@@ -138,6 +138,11 @@ impl Tail {
         self.outcome.upstream = Some(upstream);
     }
 
+    /// So many bytes of a response that is not watched.
+    pub(super) fn sends(&mut self, bytes: u64) {
+        self.bytes += bytes;
+    }
+
     /// The response's end counts the endpoint's load down.
     pub(super) fn counting(mut self: Box<Self>, in_flight: Option<InFlight>) -> Box<Self> {
         self.in_flight = in_flight;

@@ -41,7 +41,7 @@ where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     F: Future<Output = Response<Body>>,
 {
-    let (io, _watch) = Watched::new(io);
+    let io = Watched::new(io);
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .half_close(true)

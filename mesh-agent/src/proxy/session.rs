@@ -1,7 +1,6 @@
 //! One opaque connection, copied and measured; and the question who speaks first.
 
 use std::future::Future;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::io::AsyncRead;
@@ -9,8 +8,10 @@ use tokio::io::AsyncRead;
 use super::context::{Connection, Direction};
 use super::detect::{self, Detected, Prefixed};
 use super::error::Error;
+use super::serve::HEAD_TIMEOUT;
 use super::stream::Stream;
 use super::tcp::{self, Broken};
+use crate::drain::DrainWatcher;
 use crate::metrics::{Flag, TcpConnection, TcpRecorder};
 
 /// A client that speaks first does so at once; only after this is the other side opened to hear whether it does.
@@ -64,28 +65,45 @@ async fn listen<C: AsyncRead + Unpin>(
         }
     };
     let mut server = Prefixed::new(opened);
-    loop {
-        let waiting = client.has_prefix();
+    if !client.has_prefix() {
         tokio::select! {
             biased;
-            detected = detect::sniff(client) => {
-                return Ok(match detected.unwrap_or(Detected::Opaque) {
-                    Detected::Opaque | Detected::Tls => First::Opaque(server),
-                    http => First::Client(http),
-                });
-            }
+            filled = client.fill() => if !matches!(filled, Ok(1..)) {
+                return Ok(First::Opaque(server));
+            },
             // Also at an end of stream: it is to be passed on.
             _ = server.fill() => return Ok(First::Opaque(server)),
-            () = tokio::time::sleep(PATIENCE), if waiting => {
-                return Ok(match (direction, client.begun()) {
-                    (Direction::Inbound, http @ (Detected::Http1 | Detected::Http2)) => First::Client(http),
-                    _ => First::Opaque(server),
-                });
-            }
-            // A client whose first bytes arrive now starts the wait above.
-            () = tokio::time::sleep(PATIENCE), if !waiting => {}
         }
     }
+    tokio::select! {
+        biased;
+        detected = detect::sniff(client) => Ok(match detected.unwrap_or(Detected::Opaque) {
+            Detected::Opaque | Detected::Tls => First::Opaque(server),
+            http => First::Client(http),
+        }),
+        _ = server.fill() => Ok(First::Opaque(server)),
+        () = tokio::time::sleep(PATIENCE) => Ok(match (direction, client.begun()) {
+            (Direction::Inbound, http @ (Detected::Http1 | Detected::Http2)) => First::Client(http),
+            _ => First::Opaque(server),
+        }),
+    }
+}
+
+/// What a client begins whose protocol is HTTP. `None`: it is to be closed, since it took too long, or since the
+/// agent drains and nothing was said yet.
+pub(super) async fn first_request(client: &mut Prefixed<Stream>, drain: &DrainWatcher) -> Option<Detected> {
+    let mut drain = drain.clone();
+    let sniffing = async {
+        tokio::select! {
+            biased;
+            // A failure shows again below.
+            _ = client.fill() => {}
+            () = drain.draining() => return None,
+        }
+        Some(detect::sniff(client).await.unwrap_or(Detected::Opaque))
+    };
+    let sniffed = tokio::time::timeout(HEAD_TIMEOUT, sniffing).await;
+    sniffed.ok().flatten()
 }
 
 /// Copies until both sides have ended, counting what passes.
@@ -95,37 +113,56 @@ pub(super) async fn copy(
     connection: &Connection,
     recorders: Vec<TcpRecorder>,
 ) {
-    let mut open: Vec<TcpConnection> = recorders.into_iter().map(TcpRecorder::open).collect();
-    let mut reported = (0, 0);
+    let mut counted = Counted {
+        connection,
+        open: recorders.into_iter().map(TcpRecorder::open).collect(),
+        reported: (0, 0),
+        // Unless it is left to end by itself, it was cut.
+        flag: Flag::LocalReset,
+    };
     let mut report = tokio::time::interval(REPORT_EVERY);
-    let ended = {
-        let mut copying = std::pin::pin!(tcp::copy(client, server, &connection.moved));
-        loop {
-            tokio::select! {
-                ended = &mut copying => break ended,
-                _ = report.tick() => reported = flush(connection, &open, reported),
-            }
+    let mut copying = std::pin::pin!(tcp::copy(client, server, &connection.moved));
+    let ended = loop {
+        tokio::select! {
+            ended = &mut copying => break ended,
+            _ = report.tick() => counted.flush(),
         }
     };
-    flush(connection, &open, reported);
-    if let Err(error) = ended {
-        let flag = flag(&error);
-        open.iter_mut().for_each(|connection| connection.set_flag(flag));
-        tracing::debug!(%error, peer = %connection.peer, destination = %connection.destination, "connection broke");
+    counted.flag = match ended {
+        Ok(()) => Flag::None,
+        Err(error) => {
+            tracing::debug!(%error, peer = %connection.peer, destination = %connection.destination, "connection broke");
+            flag(&error)
+        }
+    };
+}
+
+/// The metrics of one connection; exact also when its copying is dropped.
+struct Counted<'a> {
+    connection: &'a Connection,
+    open: Vec<TcpConnection>,
+    /// Bytes sent and received that the metrics have.
+    reported: (u64, u64),
+    flag: Flag,
+}
+
+impl Counted<'_> {
+    /// Adds what was moved since the last time.
+    fn flush(&mut self) {
+        let now = self.connection.moved();
+        for recorded in &self.open {
+            recorded.add_received(now.0 - self.reported.0);
+            recorded.add_sent(now.1 - self.reported.1);
+        }
+        self.reported = now;
     }
 }
 
-/// Adds what was moved since `reported`.
-fn flush(connection: &Connection, open: &[TcpConnection], reported: (u64, u64)) -> (u64, u64) {
-    let now = (
-        connection.moved.sent.load(Ordering::Relaxed),
-        connection.moved.received.load(Ordering::Relaxed),
-    );
-    for recorded in open {
-        recorded.add_received(now.0 - reported.0);
-        recorded.add_sent(now.1 - reported.1);
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.flush();
+        self.open.iter_mut().for_each(|open| open.set_flag(self.flag));
     }
-    now
 }
 
 fn flag(error: &Broken) -> Flag {

@@ -31,6 +31,18 @@ impl Stream {
         Self::Tunnel(Box::new(Tunnel { io, _lease: lease }))
     }
 
+    /// Whether the peer broke the stream, also after its own side has ended, where reading tells nothing more. A
+    /// tunnel wakes the task when that changes; a socket is to be asked now and then.
+    pub(super) fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        match self {
+            Self::Tcp(stream) => match stream.take_error() {
+                Ok(None) => Poll::Pending,
+                Ok(Some(_)) | Err(_) => Poll::Ready(()),
+            },
+            Self::Tunnel(tunnel) => tunnel.io.poll_broken(cx),
+        }
+    }
+
     /// Makes the end of the stream one that its peer cannot take for an orderly one.
     pub(super) fn reset(&mut self) {
         match self {

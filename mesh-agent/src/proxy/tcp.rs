@@ -10,6 +10,7 @@ use std::io;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -21,6 +22,9 @@ use super::stream::Stream;
 const BUFFER: usize = 64 * 1024;
 /// Reads of one direction before the others of the thread have their turn.
 const ROUNDS: usize = 8;
+
+/// How often a side that has ended is looked at for a reset.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 thread_local! {
     static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; BUFFER].into());
@@ -56,17 +60,28 @@ pub(super) async fn copy(
         whole: false,
     };
     let (mut there, mut back) = (Flow::default(), Flow::default());
+    let mut look = None;
     let copied = poll_fn(|cx| {
         let Pair { client, server, .. } = &mut pair;
-        let there = there.poll(cx, client, server, &moved.sent);
-        let there = there.map_err(|error| error.of(Broken::Client, Broken::Server))?;
-        let back = back.poll(cx, server, client, &moved.received);
-        let back = back.map_err(|error| error.of(Broken::Server, Broken::Client))?;
-        if there.is_ready() && back.is_ready() {
-            Poll::Ready(Ok(()))
-        } else {
-            Poll::Pending
-        }
+        let sent = there.poll(cx, client, server, &moved.sent);
+        let sent = sent.map_err(|error| error.of(Broken::Client, Broken::Server))?;
+        let received = back.poll(cx, server, client, &moved.received);
+        let received = received.map_err(|error| error.of(Broken::Server, Broken::Client))?;
+        let half = match (sent, received) {
+            (Poll::Ready(()), Poll::Ready(())) => return Poll::Ready(Ok(())),
+            (Poll::Pending, Poll::Pending) => return Poll::Pending,
+            (Poll::Ready(()), Poll::Pending) => client.get_mut(),
+            (Poll::Pending, Poll::Ready(())) => server.get_mut(),
+        };
+        // Nothing more is read from this one: a reset would be noticed only by writing to it.
+        let look = look.get_or_insert_with(|| tokio::time::interval(LOOK_EVERY));
+        let _ = look.poll_tick(cx);
+        ready!(half.poll_broken(cx));
+        let reset = io::Error::from(io::ErrorKind::ConnectionReset);
+        Poll::Ready(Err(match sent {
+            Poll::Ready(()) => Broken::Client(reset),
+            Poll::Pending => Broken::Server(reset),
+        }))
     });
     copied.await?;
     pair.whole = true;
@@ -256,6 +271,17 @@ mod tests {
         Stream::Tcp(server).reset();
         assert_reset(client).await;
         assert!(matches!(copying.await.unwrap(), Err(Broken::Server(_))));
+    }
+
+    #[tokio::test]
+    async fn a_reset_after_the_end_of_a_side_is_noticed_too() {
+        let ((mut client, near), (far, server)) = (pair().await, pair().await);
+        let copying = tokio::spawn(async move { copy(stream(near), stream(far), &Moved::default()).await });
+        client.shutdown().await.unwrap();
+        let (mut reading, _writing) = server.into_split();
+        assert_eq!(reading.read(&mut [0]).await.unwrap(), 0);
+        Stream::Tcp(client).reset();
+        assert!(matches!(copying.await.unwrap(), Err(Broken::Client(_))));
     }
 
     #[tokio::test]

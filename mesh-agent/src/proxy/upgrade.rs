@@ -22,6 +22,7 @@ use super::inbound::{self, Caller};
 use super::inbound_http::Measured;
 use super::stream::Stream;
 use super::{Proxy, failure, headers, reply, tcp};
+use crate::model::InFlight;
 
 /// A request's head, its body (which hyper ties the switch to), and the protocol asked for.
 pub(super) type Switching = (request::Parts, Incoming, HeaderValue);
@@ -46,7 +47,7 @@ pub(super) async fn inbound(
                 inbound::connect_app(dest, to, caller.client).await?
             }
         };
-        switch(stream, (parts, body, protocol), &caller.life, Some(dest)).await
+        switch(stream, (parts, body, protocol), &caller.life, Some(dest), None).await
     };
     let sent = sent.await;
     measured.end(to, sent, audience)
@@ -59,6 +60,7 @@ pub(super) async fn switch(
     (mut parts, body, protocol): Switching,
     life: &Arc<Life>,
     dest: Option<&Arc<Local>>,
+    held: Option<InFlight>,
 ) -> Result<Response<Body>, Error> {
     let (mut sender, connection) = http1::Builder::new()
         .handshake(TokioIo::new(Prefixed::new(stream)))
@@ -84,6 +86,8 @@ pub(super) async fn switch(
     let server = hyper::upgrade::on(&mut response);
     let (life, dest) = (Arc::clone(life), dest.cloned());
     tokio::spawn(async move {
+        // Counts for balancing as long as it lives.
+        let _held = held;
         let released = async {
             match &dest {
                 Some(dest) => dest.released().await,

@@ -114,8 +114,14 @@ impl From<'_> {
             Way::Local(dest) => {
                 let caller = self.caller(dest);
                 let delivering = inbound_http::deliver(self.proxy, dest, &caller, to, (request, http2));
-                let response = Box::pin(delivering).await;
-                checked(response).map(|response| response.map(Body::nested))
+                let response = tokio::select! {
+                    biased;
+                    response = Box::pin(delivering) => response,
+                    () = dest.released() => {
+                        return Err(Error::new(Kind::Reset, "the workload there is gone"));
+                    }
+                };
+                checked(response).map(|response| response.map(|body| Body::nested(body, Arc::clone(dest))))
             }
             Way::Mesh(key) => self.send_mesh(key, to, request, http2).await,
             Way::Clear => {

@@ -1,0 +1,152 @@
+//! A request on its way out, from its head to its record.
+//!
+//! Invariant: recorded once: with its answer's end, or when its client goes away before there is one.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use http::{Response, StatusCode};
+use tokio::time::Instant;
+
+use super::body::Body;
+use super::error::Error;
+use super::outbound::{Outbound, peers};
+use super::record::{Exchange, Outcome, Tail};
+use super::recorders::Exchanging;
+use super::{failure, reply};
+use crate::metrics::{Flag, HttpRecorder, Peers, Reporter, Security};
+use crate::model::{Endpoint, InFlight, Service, Snapshot, Workload};
+
+/// A request under way.
+pub(super) struct Asked<'a> {
+    outbound: &'a Outbound,
+    snapshot: &'a Snapshot,
+    source: &'a Workload,
+    pub(super) exchange: Arc<Exchange>,
+    pub(super) tried: Tried,
+    finished: bool,
+}
+
+impl<'a> Asked<'a> {
+    pub(super) fn begin(
+        outbound: &'a Outbound,
+        (snapshot, source): (&'a Snapshot, &'a Workload),
+        exchange: Arc<Exchange>,
+    ) -> Self {
+        Self {
+            outbound,
+            snapshot,
+            source,
+            exchange,
+            tried: Tried::default(),
+            finished: false,
+        }
+    }
+
+    /// Turns what came of a request into the client's answer, measured to its end.
+    pub(super) fn finish(
+        mut self,
+        sent: Result<Response<Body>, Error>,
+        audience: reply::Audience,
+    ) -> Response<Body> {
+        let (mut response, flag, deadline) = match sent {
+            Ok(response) => {
+                let switched = response.status() == StatusCode::SWITCHING_PROTOCOLS;
+                let deadline = self.tried.deadline.filter(|_| !switched);
+                (response, Flag::None, deadline)
+            }
+            Err(error) => {
+                let (workload, to) = (&self.outbound.local.uid, self.outbound.original);
+                tracing::debug!(%error, %workload, %to, "request failed");
+                (reply::error(&error, audience), error.answer().1, None)
+            }
+        };
+        let flag = if self.tried.exhausted {
+            Flag::RetryLimit
+        } else {
+            flag
+        };
+        response.headers_mut().remove(failure::FAILURE);
+        let tail = self
+            .tail()
+            .head(response.status(), response.headers(), flag)
+            .until(deadline);
+        response.map(|body| body.measured(tail))
+    }
+
+    /// Measures from here on; called once.
+    fn tail(&mut self) -> Box<Tail> {
+        self.finished = true;
+        let recorder = self.recorder();
+        let tried = std::mem::take(&mut self.tried);
+        let logged = self.exchange.line.is_some();
+        let workload = |(endpoint, _): &(Endpoint, Security)| endpoint.workload.clone().filter(|_| logged);
+        let (last, log) = (tried.last.as_ref(), self.outbound.proxy.access_log.clone());
+        let outcome = Outcome {
+            upstream: last.map(|(endpoint, _)| endpoint.address),
+            destination: last.and_then(workload).map(|workload| workload.uid().into()),
+            identity: last
+                .filter(|(_, security)| *security == Security::MutualTls)
+                .and_then(workload)
+                .map(|workload| workload.identity.clone()),
+            route: tried.route,
+            attempts: tried.tries,
+        };
+        Tail::new(Arc::clone(&self.exchange), recorder, log, "outbound")
+            .to(outcome)
+            .counting(tried.in_flight)
+    }
+
+    fn recorder(&self) -> Arc<HttpRecorder> {
+        let last = self.tried.last.as_ref();
+        // Where nothing was tried, the service that was dialled.
+        let dialled = match last {
+            Some(_) => None,
+            None => self.outbound.candidates(self.snapshot).service,
+        };
+        let service = self.tried.service.as_deref().or(dialled.as_deref());
+        let key = Exchanging {
+            inbound: false,
+            one: self.outbound.original,
+            other: last.map(|(endpoint, _)| endpoint.address),
+            service: service.map(|service| std::ptr::from_ref(service).addr()),
+        };
+        self.outbound.recorders.get(self.snapshot.generation, key, || {
+            self.outbound.proxy.metrics().http(&match last {
+                Some((endpoint, security)) => peers(self.source, endpoint, service, *security),
+                None => Peers {
+                    reporter: Reporter::Source,
+                    source: Some(self.source),
+                    source_identity: None,
+                    destination: None,
+                    destination_identity: None,
+                    service,
+                    security: Security::Unknown,
+                },
+            })
+        })
+    }
+}
+
+impl Drop for Asked<'_> {
+    /// The client went away while there was no answer.
+    fn drop(&mut self) {
+        if !self.finished {
+            drop(self.tail());
+        }
+    }
+}
+
+/// How far a request got.
+#[derive(Default)]
+pub(super) struct Tried {
+    pub(super) addresses: Vec<SocketAddr>,
+    pub(super) tries: u32,
+    pub(super) last: Option<(Endpoint, Security)>,
+    /// Whose endpoints are tried.
+    pub(super) service: Option<Arc<Service>>,
+    pub(super) in_flight: Option<InFlight>,
+    pub(super) route: Option<Arc<str>>,
+    pub(super) deadline: Option<Instant>,
+    pub(super) exhausted: bool,
+}
