@@ -12,10 +12,6 @@ use mesh_agent::lanes::Lanes;
 use mesh_agent::{app, telemetry};
 use tokio::runtime::Builder;
 
-/// A proxy makes and drops many small things on each of its threads; glibc's allocator took twice the time.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Run { config } => run(config.as_deref()).map(|()| ExitCode::SUCCESS),

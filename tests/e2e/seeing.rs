@@ -241,12 +241,14 @@ fn flags_say_how_a_request_ended() {
     let args = ["--header", "te: trailers", &trailers];
     assert_eq!(web.client.curl(&args).unwrap().status, 200);
     let ended = [
-        ("closed", "503", "UF", ["node-a", "node-a"]),
-        ("web", "503", "UF", ["node-a", "node-b"]),
-        ("web", "200", "-", ["node-a", "node-b"]),
+        // The source tried again, for nothing.
+        ("closed", "503", ["URX", "UF"], "node-a"),
+        ("web", "503", ["URX", "UF"], "node-b"),
+        ("web", "200", ["-", "-"], "node-b"),
     ];
-    for (workload, code, flags, nodes) in ended {
-        for (node, reporter) in nodes.into_iter().zip(["source", "destination"]) {
+    for (workload, code, flags, there) in ended {
+        let sides = [("node-a", "source"), (there, "destination")];
+        for ((node, reporter), flags) in sides.into_iter().zip(flags) {
             let agent = web.mesh.agents.iter().find(|agent| agent.node == node).unwrap();
             let labels = [
                 ("reporter", reporter),

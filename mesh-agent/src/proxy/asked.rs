@@ -67,11 +67,11 @@ impl<'a> Asked<'a> {
             flag
         };
         response.headers_mut().remove(failure::FAILURE);
-        let tail = self
-            .tail()
-            .head(response.status(), response.headers(), flag)
-            .until(deadline);
-        response.map(|body| body.measured(tail))
+        let tail = self.tail().head(response.status(), response.headers(), flag);
+        response.map(|body| match deadline {
+            Some(deadline) => body.measured(tail).until(deadline),
+            None => body.measured(tail),
+        })
     }
 
     /// Measures from here on; called once.

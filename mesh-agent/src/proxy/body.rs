@@ -5,13 +5,15 @@
 
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::task::{Context, Poll};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
 
 use bytes::Bytes;
 use http_body::{Body as _, Frame, SizeHint};
 use hyper::body::Incoming;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 use super::app_pool::Lease;
 use super::app_streams::Place;
@@ -42,6 +44,7 @@ enum Source {
     Replay(Replay),
     /// A response that the inbound pipeline of the same agent gave.
     Nested(Box<Nested>),
+    Timed(Timed),
 }
 
 struct Nested {
@@ -63,6 +66,71 @@ impl std::fmt::Debug for Nested {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         self.body.fmt(f)
     }
+}
+
+/// A body with a deadline. A reader that stopped reading is not polled any more: a task of its own looks at the
+/// time.
+#[derive(Debug)]
+struct Timed {
+    rest: Arc<Mutex<Rest>>,
+    clock: JoinHandle<()>,
+}
+
+#[derive(Debug)]
+struct Rest {
+    /// `None` once the time is over.
+    body: Option<Body>,
+    reader: Option<Waker>,
+}
+
+impl Timed {
+    fn new(body: Body, deadline: Instant) -> Self {
+        let rest = Arc::new(Mutex::new(Rest {
+            body: Some(body),
+            reader: None,
+        }));
+        let timed = Arc::clone(&rest);
+        let clock = tokio::spawn(async move {
+            tokio::time::sleep_until(deadline).await;
+            let (body, reader) = {
+                let mut rest = lock(&timed);
+                (rest.body.take(), rest.reader.take())
+            };
+            if let Some(body) = body {
+                body.expire();
+            }
+            if let Some(reader) = reader {
+                reader.wake();
+            }
+        });
+        Self { rest, clock }
+    }
+
+    fn poll_frame(&self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let mut rest = lock(&self.rest);
+        let Some(body) = &mut rest.body else {
+            return Poll::Ready(Some(Err("the request's time is over".into())));
+        };
+        let polled = Pin::new(body).poll_frame(cx);
+        if polled.is_pending() {
+            rest.reader = Some(cx.waker().clone());
+        }
+        polled
+    }
+
+    fn look<T>(&self, at: impl FnOnce(&Body) -> T) -> Option<T> {
+        lock(&self.rest).body.as_ref().map(at)
+    }
+}
+
+impl Drop for Timed {
+    fn drop(&mut self) {
+        self.clock.abort();
+    }
+}
+
+fn lock(rest: &Mutex<Rest>) -> MutexGuard<'_, Rest> {
+    rest.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[derive(Debug, Default)]
@@ -126,6 +194,21 @@ impl Body {
         self
     }
 
+    /// Breaks off at `deadline`, also when nobody reads it then.
+    pub(super) fn until(self, deadline: Instant) -> Self {
+        if self.is_end_stream() {
+            return self;
+        }
+        Self::of(Source::Timed(Timed::new(self, deadline)))
+    }
+
+    /// Records that the time is over, and lets go of everything.
+    fn expire(mut self) {
+        if let Watch::Response(tail) = &mut self.watch {
+            tail.expire();
+        }
+    }
+
     pub(super) fn holding(mut self, held: Held) -> Self {
         self.held = held;
         self
@@ -151,6 +234,7 @@ impl Body {
             Source::Receiving(body) => body.poll_frame(cx),
             Source::Replay(body) => body.poll_frame(cx),
             Source::Nested(nested) => nested.poll_frame(cx),
+            Source::Timed(timed) => timed.poll_frame(cx),
         }
     }
 
@@ -172,14 +256,6 @@ impl http_body::Body for Body {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        if let Watch::Response(tail) = &mut self.watch
-            && tail.poll_expired(cx).is_ready()
-        {
-            self.source = Source::Empty;
-            self.watch = Watch::Nobody;
-            self.held = Held::Nothing;
-            return Poll::Ready(Some(Err("the request's time is over".into())));
-        }
         let frame = std::task::ready!(self.poll_source(cx));
         match (&frame, &mut self.watch) {
             (Some(Ok(frame)), Watch::Request(exchange)) => {
@@ -216,6 +292,7 @@ impl http_body::Body for Body {
             Source::Receiving(body) => body.is_end_stream(),
             Source::Replay(body) => body.is_end_stream(),
             Source::Nested(nested) => nested.body.is_end_stream(),
+            Source::Timed(timed) => timed.look(Self::is_end_stream).unwrap_or(false),
         }
     }
 
@@ -227,6 +304,7 @@ impl http_body::Body for Body {
             Source::Receiving(body) => body.size_hint(),
             Source::Replay(body) => body.size_hint(),
             Source::Nested(nested) => nested.body.size_hint(),
+            Source::Timed(timed) => timed.look(Self::size_hint).unwrap_or_default(),
         }
     }
 }

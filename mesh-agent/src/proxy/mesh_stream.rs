@@ -270,6 +270,8 @@ pub(super) async fn unanswered(pings: Option<PingPong>, every: Duration, patienc
 
 #[cfg(test)]
 mod tests {
+    use std::future::Future;
+
     use http::{Request, Response};
     use http_body_util::BodyExt;
 
@@ -277,10 +279,10 @@ mod tests {
 
     const HALF: Bytes = Bytes::from_static(b"half of it");
 
-    /// What a client receives of a response that `serve` sends.
-    async fn received<F: Future<Output = ()> + Send + 'static>(
+    /// The response that `serve` sends.
+    async fn response<F: Future<Output = ()> + Send + 'static>(
         serve: impl FnOnce(SendStream<Bytes>, RecvStream) -> F + Send + 'static,
-    ) -> Result<Bytes, BodyError> {
+    ) -> (Body, SendStream<Bytes>) {
         let (client, server) = tokio::io::duplex(64 * 1024);
         tokio::spawn(async move {
             let mut connection = h2::server::handshake(server).await.unwrap();
@@ -293,10 +295,33 @@ mod tests {
         tokio::spawn(connection);
         let request = Request::post("http://a/").body(()).unwrap();
         // The request never ends.
-        let (response, _sending) = sender.send_request(request, false).unwrap();
+        let (response, sending) = sender.send_request(request, false).unwrap();
         let (head, stream) = response.await.unwrap().into_parts();
-        let body = Body::receiving(Receiving::new(&head.headers, stream));
+        (Body::receiving(Receiving::new(&head.headers, stream)), sending)
+    }
+
+    async fn received<F: Future<Output = ()> + Send + 'static>(
+        serve: impl FnOnce(SendStream<Bytes>, RecvStream) -> F + Send + 'static,
+    ) -> Result<Bytes, BodyError> {
+        let (body, _sending) = response(serve).await;
         body.collect().await.map(http_body_util::Collected::to_bytes)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_deadline_holds_for_who_does_not_read() {
+        const LONG: Duration = Duration::from_secs(15);
+        let (told, gone) = tokio::sync::oneshot::channel();
+        let (body, sending) = response(move |mut stream, _request| async move {
+            let reason = poll_fn(|cx| stream.poll_reset(cx)).await;
+            let _ = told.send(reason.is_ok());
+        })
+        .await;
+        drop(sending);
+        let begun = tokio::time::Instant::now();
+        let mut unread = body.until(begun + LONG);
+        assert!(gone.await.unwrap());
+        assert_eq!(begun.elapsed(), LONG);
+        assert!(unread.frame().await.unwrap().is_err());
     }
 
     #[tokio::test]

@@ -4,18 +4,15 @@
 //! it breaks, or when it is dropped, be it before there is a response: then as Envoy does, with status 0 and `DC`.
 
 use std::fmt::Display;
-use std::future::Future;
 use std::net::SocketAddr;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode};
 use http_body::Frame;
-use tokio::time::{Instant, Sleep};
+use tokio::time::Instant;
 
 use crate::metrics::{Flag, HttpOutcome, HttpRecorder};
 use crate::model::{Identity, InFlight};
@@ -76,7 +73,6 @@ pub(super) struct Tail {
     grpc_status: Option<u16>,
     bytes: u64,
     outcome: Outcome,
-    deadline: Option<Pin<Box<Sleep>>>,
     in_flight: Option<InFlight>,
     recorded: bool,
 }
@@ -107,7 +103,6 @@ impl Tail {
             grpc_status: None,
             bytes: 0,
             outcome: Outcome::default(),
-            deadline: None,
             in_flight: None,
             recorded: false,
         })
@@ -149,19 +144,10 @@ impl Tail {
         self
     }
 
-    pub(super) fn until(mut self: Box<Self>, deadline: Option<Instant>) -> Box<Self> {
-        self.deadline = deadline.map(|at| Box::pin(tokio::time::sleep_until(at)));
-        self
-    }
-
-    pub(super) fn poll_expired(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let Some(deadline) = &mut self.deadline else {
-            return Poll::Pending;
-        };
-        std::task::ready!(deadline.as_mut().poll(cx));
+    /// The request's time is over.
+    pub(super) fn expire(&mut self) {
         self.flag = Flag::UpstreamTimeout;
         self.record();
-        Poll::Ready(())
     }
 
     pub(super) fn passed(&mut self, frame: &Frame<Bytes>) {
