@@ -303,8 +303,13 @@ fn a_pod_that_calls_itself() {
 fn nginx_and_h2load() {
     let mut web = web();
     let config = web.mesh.run.dir().join("nginx.conf");
-    let text = "daemon off; pid /dev/null; error_log stderr; events {}\n\
-                http { access_log off; server { listen 8081; listen [::]:8081; location / { return 200 \"nginx\\n\"; } } }\n";
+    // nginx removes the file of its pid when it ends, whatever it is.
+    let pid = web.mesh.run.dir().join("nginx.pid");
+    let server = r#"listen 8081; listen [::]:8081; location / { return 200 "nginx\n"; }"#;
+    let text = format!(
+        "daemon off; pid {}; error_log stderr; events {{}}\nhttp {{ access_log off; server {{ {server} }} }}\n",
+        pid.display()
+    );
     fs::write(&config, text).unwrap();
     let args = ["-c", config.to_str().unwrap()];
     web.server

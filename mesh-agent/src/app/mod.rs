@@ -87,12 +87,7 @@ pub async fn run(config: AgentConfig, log: LogHandle, lanes: Lanes) -> anyhow::R
         connections: show::connections(proxy.connections.clone()),
         ebpf: show::ebpf(capture.clone()),
     });
-    for (address, scope) in [(config.admin, Scope::Admin), (config.metrics, Scope::Metrics)] {
-        let listener = admin::bind(address, scope)
-            .await
-            .with_context(|| format!("cannot listen on {address}: another agent, or another program, may"))?;
-        tokio::spawn(admin::serve(listener, scope, Arc::clone(&sources)));
-    }
+    listen(&config, &sources).await?;
     let (beating, beats) = (capture.clone(), pulse);
     // The kernel side must notice when any of the data path's threads hangs.
     lanes
@@ -113,6 +108,17 @@ pub async fn run(config: AgentConfig, log: LogHandle, lanes: Lanes) -> anyhow::R
     stop(&trigger, config.drain, &proxy).await;
     watching.stop();
     access_log.flush(FLUSH_TIME);
+    Ok(())
+}
+
+/// Opens the pages.
+async fn listen(config: &AgentConfig, sources: &Arc<AdminSources>) -> anyhow::Result<()> {
+    for (address, scope) in [(config.admin, Scope::Admin), (config.metrics, Scope::Metrics)] {
+        let listener = admin::bind(address, scope)
+            .await
+            .with_context(|| format!("cannot listen on {address}: another agent, or another program, may"))?;
+        tokio::spawn(admin::serve(listener, scope, Arc::clone(sources)));
+    }
     Ok(())
 }
 
