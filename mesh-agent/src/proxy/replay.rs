@@ -1,8 +1,8 @@
 //! A request body that can be sent again.
 //!
 //! Invariants: at most [`REPLAY_LIMIT`] bytes are kept, and none once the last try is known; past that the body
-//! streams on but is no longer replayable. Only one try reads at a time: a new try takes the body over from the one
-//! before.
+//! streams on but is no longer replayable. What is kept holds on to little memory beside its own bytes. Only one try
+//! reads at a time: a new try takes the body over from the one before.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,6 +17,9 @@ use super::body::BodyError;
 
 /// The same as Linkerd's and Envoy's usual retry buffer.
 pub(super) const REPLAY_LIMIT: usize = 64 * 1024;
+/// A smaller piece is copied: as it came, it would hold on to the whole buffer that it was read into (8 KiB at least,
+/// and as many as pieces). A larger one is a good part of its buffer: no copy.
+const COPY_BELOW: usize = 4 * 1024;
 
 /// The body of one request over all its tries.
 #[derive(Debug)]
@@ -26,6 +29,8 @@ pub(super) struct Replayable<B = Incoming>(Arc<Mutex<Shared<B>>>);
 struct Shared<B> {
     rest: B,
     kept: Vec<Bytes>,
+    /// What comes after `kept`, copied together from small pieces; the present try has all of it.
+    small: Vec<u8>,
     kept_bytes: usize,
     /// Chunks of `kept` already given to the present try.
     given: usize,
@@ -55,6 +60,7 @@ where
             ended: body.is_end_stream(),
             rest: body,
             kept: Vec::new(),
+            small: Vec::new(),
             kept_bytes: 0,
             given: 0,
             trailers: None,
@@ -73,6 +79,7 @@ where
     pub(super) fn start(&self) -> Replay<B> {
         let mut shared = lock(&self.0);
         shared.owner += 1;
+        shared.seal();
         shared.given = 0;
         shared.trailers_given = false;
         Replay {
@@ -172,13 +179,24 @@ impl<B> Shared<B> {
         if data.is_empty() || self.overflowed {
             return;
         }
-        // With what keeping it costs, or a body in pieces of one byte could cost many times the limit.
-        self.kept_bytes = self.kept_bytes.saturating_add(data.len() + size_of::<Bytes>());
+        self.kept_bytes = self.kept_bytes.saturating_add(data.len());
         if self.kept_bytes > REPLAY_LIMIT {
             self.overflowed = true;
             self.forget_given();
+        } else if data.len() < COPY_BELOW {
+            self.small.extend_from_slice(data);
         } else {
+            self.seal();
             self.kept.push(data.clone());
+            self.given = self.kept.len();
+        }
+    }
+
+    /// Makes one chunk of the small pieces so far.
+    fn seal(&mut self) {
+        if !self.small.is_empty() {
+            let small = std::mem::take(&mut self.small);
+            self.kept.push(Bytes::from(small.into_boxed_slice()));
             self.given = self.kept.len();
         }
     }
@@ -186,6 +204,7 @@ impl<B> Shared<B> {
     fn forget_given(&mut self) {
         self.kept.drain(..self.given.min(self.kept.len()));
         self.given = 0;
+        self.small = Vec::new();
         if self.kept.is_empty() {
             self.kept = Vec::new();
         }
@@ -247,7 +266,27 @@ mod tests {
     }
 
     fn kept(body: &Replayable<Chunks>) -> usize {
-        lock(&body.0).kept.iter().map(Bytes::len).sum()
+        let shared = lock(&body.0);
+        shared.kept.iter().map(Bytes::len).sum::<usize>() + shared.small.len()
+    }
+
+    /// A buffer that a piece of a body was read into, counted for as long as it lives.
+    struct Buffer(Box<[u8; 8 * 1024]>, Arc<()>);
+
+    impl AsRef<[u8]> for Buffer {
+        fn as_ref(&self) -> &[u8] {
+            &*self.0
+        }
+    }
+
+    /// Pieces of `length` bytes, each read into a buffer of its own.
+    fn pieces(count: usize, length: usize, buffers: &Arc<()>) -> Replayable<Chunks> {
+        let piece = |number: usize| {
+            let number = u8::try_from(number % 251).unwrap();
+            let buffer = Buffer(Box::new([number; 8 * 1024]), Arc::clone(buffers));
+            Bytes::from_owner(buffer).slice(..length)
+        };
+        Replayable::new(Chunks((0..count).map(piece).collect()))
     }
 
     #[test]
@@ -278,6 +317,42 @@ mod tests {
         assert_eq!(kept(&body), 0);
         assert_eq!(rest(&second), "three four");
         assert_eq!(kept(&body), 0);
+    }
+
+    #[test]
+    fn small_pieces_do_not_hold_on_to_the_buffers_that_they_came_in() {
+        const PIECES: usize = 1000;
+        let buffers = Arc::new(());
+        let body = pieces(PIECES, 3, &buffers);
+        let first = body.start();
+        for _ in 0..PIECES {
+            next(&first);
+        }
+        assert!(body.is_replayable());
+        assert_eq!(kept(&body), 3 * PIECES);
+        assert_eq!(Arc::strong_count(&buffers), 1, "no buffer is left");
+        let expected: Vec<u8> = (0..PIECES)
+            .flat_map(|number| [u8::try_from(number % 251).unwrap(); 3])
+            .collect();
+        for _ in 0..2 {
+            let again = body.start();
+            assert_eq!(next(&again).unwrap(), expected);
+            assert!(next(&again).unwrap().is_empty() && again.is_end_stream());
+        }
+    }
+
+    #[test]
+    fn small_and_large_pieces_keep_their_order() {
+        let large: &'static str = "l".repeat(COPY_BELOW).leak();
+        let body = body(&["a", "b", large, "c", large, "d", "e"]);
+        let whole = format!("ab{large}c{large}de");
+        let first = body.start();
+        for _ in 0..4 {
+            next(&first);
+        }
+        assert_eq!(rest(&body.start()), whole);
+        assert_eq!(rest(&body.start()), whole);
+        assert!(body.is_replayable());
     }
 
     #[test]
