@@ -325,7 +325,8 @@ impl Workloads {
                     .map(|address| (address, Arc::clone(&enrolled.local)))
             })
             .collect();
-        self.parts.proxy.locals.replace(by_address);
+        let all = self.enrolled.values().map(|enrolled| Arc::clone(&enrolled.local));
+        self.parts.proxy.locals.replace(by_address, all.collect());
     }
 
     fn show(&self, uid: &str, state: &'static str, message: String) {

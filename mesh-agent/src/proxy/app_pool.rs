@@ -199,9 +199,9 @@ impl AppPool {
         let mut connections = self.lock();
         let Connections { idle, kept, .. } = &mut *connections;
         let idle = idle.get_mut(key)?;
-        while let Some((sender, _)) = idle.pop() {
+        while let Some((sender, since)) = idle.pop() {
             *kept = kept.saturating_sub(1);
-            if !sender.is_closed() {
+            if !sender.is_closed() && since.elapsed() < IDLE {
                 return Some(sender);
             }
         }

@@ -90,25 +90,28 @@ impl Local {
     }
 }
 
-/// The enrolled workloads by address.
+/// The enrolled workloads.
 #[derive(Debug, Default)]
-pub struct Locals(ArcSwap<HashMap<IpAddr, Arc<Local>>>);
+pub struct Locals(ArcSwap<Known>);
+
+#[derive(Debug, Default)]
+struct Known {
+    /// Those that have a network namespace, and so addresses, of their own.
+    by_address: HashMap<IpAddr, Arc<Local>>,
+    all: Vec<Arc<Local>>,
+}
 
 impl Locals {
     pub fn get(&self, address: IpAddr) -> Option<Arc<Local>> {
-        self.0.load().get(&address).cloned()
+        self.0.load().by_address.get(&address).cloned()
     }
 
-    /// Each once, however many addresses it has.
     pub(super) fn all(&self) -> Vec<Arc<Local>> {
-        let mut all: Vec<_> = self.0.load().values().cloned().collect();
-        all.sort_unstable_by_key(|local| local.enrolment);
-        all.dedup_by_key(|local| local.enrolment);
-        all
+        self.0.load().all.clone()
     }
 
-    pub fn replace(&self, locals: HashMap<IpAddr, Arc<Local>>) {
-        self.0.store(Arc::new(locals));
+    pub fn replace(&self, by_address: HashMap<IpAddr, Arc<Local>>, all: Vec<Arc<Local>>) {
+        self.0.store(Arc::new(Known { by_address, all }));
     }
 }
 

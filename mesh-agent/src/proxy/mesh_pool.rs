@@ -30,7 +30,7 @@ use super::mesh_stream::{self, CONNECTION_WINDOW, Duplex, FRAME_BUDGET, Receivin
 use super::serve::MAX_HEAD;
 use super::{CONNECT_TIMEOUT, HBONE_PORT, TlsParts};
 use crate::model::Identity;
-use crate::sock::{self, Namespace};
+use crate::sock;
 use crate::tls::{self, Transport};
 
 /// Streams on one connection before another is opened (ztunnel's default).
@@ -62,8 +62,8 @@ pub(super) struct MeshPool {
 struct Peer {
     connections: Mutex<Vec<Arc<Connection>>>,
     /// Held while connecting, so that a burst of first requests makes one connection.
-    connecting: tokio::sync::Mutex<()>,
-    /// Connects that failed.
+    connecting: Arc<tokio::sync::Mutex<()>>,
+    /// Connects that failed; not the requests that only waited for one.
     failures: AtomicU64,
 }
 
@@ -183,7 +183,7 @@ impl MeshPool {
     }
 
     /// A stream to the agent beside `key.address`, over a connection that is there or a new one.
-    pub(super) async fn stream(&self, key: &PeerKey, local: &Local) -> Result<StreamLease, Error> {
+    pub(super) async fn stream(&self, key: &PeerKey, local: &Arc<Local>) -> Result<StreamLease, Error> {
         let peer = {
             let mut peers = lock(&self.peers);
             match peers.get(key) {
@@ -194,50 +194,14 @@ impl MeshPool {
         if let Some(lease) = peer.lease(STREAMS_PER_CONNECTION) {
             return Ok(lease);
         }
-        let failures = peer.failures.load(Ordering::Relaxed);
-        // Boxed, as all that is rare: the future of each request would else hold the room for a handshake.
-        let opening = Box::pin(self.open(&peer, key, local, failures));
-        let opened = tokio::time::timeout(CONNECT_TIMEOUT, opening).await;
-        let opened = opened.unwrap_or_else(|_| Err(Error::new(Kind::Connect, "mTLS connect timed out")));
-        opened.inspect_err(|error| {
-            peer.failures.fetch_add(1, Ordering::Relaxed);
-            self.count(key, error);
-        })
-    }
-
-    /// One of those that wait connects, and all have what comes of it: a peer that does not answer is not tried
-    /// again for each.
-    async fn open(
-        &self,
-        peer: &Peer,
-        key: &PeerKey,
-        local: &Local,
-        failures: u64,
-    ) -> Result<StreamLease, Error> {
-        let _connecting = peer.connecting.lock().await;
-        let enough = lock(&peer.connections).len() >= CONNECTIONS_PER_PEER;
-        let limit = if enough {
-            usize::MAX
-        } else {
-            STREAMS_PER_CONNECTION
+        let connector = Connector {
+            tls: self.tls.clone(),
+            peer,
+            key: key.clone(),
+            local: Arc::clone(local),
         };
-        if let Some(lease) = peer.lease(limit) {
-            return Ok(lease);
-        }
-        if peer.failures.load(Ordering::Relaxed) != failures {
-            return Err(Error::new(
-                Kind::Connect,
-                "another request just failed to connect",
-            ));
-        }
-        let connection = self.connect(key, &*local.namespace).await?;
-        self.tls.metrics.agent().upstream_connects.inc();
-        let lease = StreamLease(Arc::new(connection));
-        lock(&peer.connections).push(Arc::clone(&lease.0));
-        if local.is_released() {
-            self.forget(key.source);
-        }
-        Ok(lease)
+        // Boxed, as all that is rare: the future of each request would else hold the room for it.
+        Box::pin(connector.open()).await
     }
 
     /// Closes what was not used for a while, and forgets peers without connections.
@@ -266,12 +230,83 @@ impl MeshPool {
             .map(|peer| lock(&peer.connections).len())
             .sum()
     }
+}
 
-    async fn connect(&self, key: &PeerKey, namespace: &dyn Namespace) -> Result<Connection, Error> {
+/// One more connection to a peer.
+struct Connector {
+    tls: TlsParts,
+    peer: Arc<Peer>,
+    key: PeerKey,
+    local: Arc<Local>,
+}
+
+impl Connector {
+    /// One of those that wait connects, and all have what comes of it: a peer that does not answer is not tried
+    /// again for each.
+    async fn open(self) -> Result<StreamLease, Error> {
+        let failures = self.peer.failures.load(Ordering::Relaxed);
+        let gate = Arc::clone(&self.peer.connecting).lock_owned();
+        let gate = tokio::time::timeout(CONNECT_TIMEOUT, gate).await;
+        let gate = gate.map_err(|cause| Error::new(Kind::Connect, cause))?;
+        let enough = lock(&self.peer.connections).len() >= CONNECTIONS_PER_PEER;
+        let limit = if enough {
+            usize::MAX
+        } else {
+            STREAMS_PER_CONNECTION
+        };
+        if let Some(lease) = self.peer.lease(limit) {
+            return Ok(lease);
+        }
+        if self.peer.failures.load(Ordering::Relaxed) != failures {
+            return Err(Error::new(
+                Kind::Connect,
+                "another request just failed to connect",
+            ));
+        }
+        // A task of its own: the connection is for all, and shall be made although the request that needed it
+        // first had less time than a handshake takes.
+        let connecting = tokio::spawn(async move {
+            let _gate = gate;
+            let connected = tokio::time::timeout(CONNECT_TIMEOUT, self.connect()).await;
+            let connected =
+                connected.unwrap_or_else(|_| Err(Error::new(Kind::Connect, "mTLS connect timed out")));
+            connected
+                .map(|connection| self.keep(connection))
+                .inspect_err(|error| self.failed(error))
+        });
+        connecting
+            .await
+            .unwrap_or_else(|cause| Err(Error::new(Kind::Internal, cause)))
+    }
+
+    fn keep(&self, connection: Connection) -> StreamLease {
+        self.tls.metrics.agent().upstream_connects.inc();
+        let lease = StreamLease(Arc::new(connection));
+        // Nothing is kept for a workload that was released meanwhile.
+        if !self.local.is_released() {
+            lock(&self.peer.connections).push(Arc::clone(&lease.0));
+        }
+        lease
+    }
+
+    fn failed(&self, error: &Error) {
+        self.peer.failures.fetch_add(1, Ordering::Relaxed);
+        let (address, agent) = (self.key.address, self.tls.metrics.agent());
+        if error.kind == Kind::PeerIdentity {
+            agent.identity_mismatches.inc();
+            tracing::warn!(peer = %address, expected = %self.key.peer_identity, %error, "refused a peer");
+        } else {
+            tracing::debug!(peer = %address, %error, "cannot reach the agent beside a workload");
+        }
+        agent.upstream_connect_failures.inc();
+    }
+
+    async fn connect(&self) -> Result<Connection, Error> {
+        let key = &self.key;
         let config = tls::client_config(&self.tls.identities, &key.source_identity, &key.peer_identity)
             .map_err(|cause| Error::new(Kind::Internal, cause))?;
         let to = SocketAddr::new(key.address, HBONE_PORT);
-        let stream = sock::connect(namespace, to, None)
+        let stream = sock::connect(&*self.local.namespace, to, None)
             .await
             .map_err(|cause| Error::new(Kind::Connect, cause))?;
         let name = tls::server_name(key.address);
@@ -320,16 +355,6 @@ impl MeshPool {
             streams: AtomicUsize::new(1),
             idle_since: Mutex::new(Instant::now()),
         })
-    }
-
-    fn count(&self, key: &PeerKey, error: &Error) {
-        if error.kind == Kind::PeerIdentity {
-            self.tls.metrics.agent().identity_mismatches.inc();
-            tracing::warn!(peer = %key.address, expected = %key.peer_identity, %error, "refused a peer");
-        } else {
-            tracing::debug!(peer = %key.address, %error, "cannot reach the agent beside a workload");
-        }
-        self.tls.metrics.agent().upstream_connect_failures.inc();
     }
 }
 

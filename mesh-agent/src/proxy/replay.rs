@@ -271,7 +271,10 @@ mod tests {
     }
 
     /// A buffer that a piece of a body was read into, counted for as long as it lives.
-    struct Buffer(Box<[u8; 8 * 1024]>, Arc<()>);
+    struct Buffer(
+        Box<[u8; 8 * 1024]>,
+        #[expect(dead_code, reason = "its count is what is looked at")] Arc<()>,
+    );
 
     impl AsRef<[u8]> for Buffer {
         fn as_ref(&self) -> &[u8] {
