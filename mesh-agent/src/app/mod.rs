@@ -14,13 +14,14 @@ use std::time::{Duration, SystemTime};
 use anyhow::Context as _;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use prometheus_client::registry::Registry;
+use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::admin::{self, AdminSources, Pulse, Readiness, Scope};
 use crate::config::{AccessLogFormat, AgentConfig};
 use crate::discovery::FileSource;
 use crate::drain::{self, DrainTrigger};
-use crate::ebpf::{Capture, CaptureOptions};
+use crate::ebpf::{Capture, CaptureError, CaptureOptions, Claim};
 use crate::identity::Identities;
 use crate::lanes::Lanes;
 use crate::metrics::{Metrics, register_counts};
@@ -48,7 +49,8 @@ pub async fn run(config: AgentConfig, log: LogHandle, lanes: Lanes) -> anyhow::R
         .context("cannot open the certificate authority")?;
     let files = FileSource::open(&config);
     let store = Store::new(files.snapshot().clone());
-    let capture = Capture::start(&CaptureOptions::new(&config.bpffs)).context("cannot capture traffic")?;
+    let listening = listen(&config).await?;
+    let (_claim, capture) = capture(&config).context("cannot capture traffic")?;
     let access_log = access_log(config.access_log)?;
     let (trigger, drain) = drain::new();
     let proxy = Proxy::new(Inputs {
@@ -87,14 +89,15 @@ pub async fn run(config: AgentConfig, log: LogHandle, lanes: Lanes) -> anyhow::R
         connections: show::connections(proxy.connections.clone()),
         ebpf: show::ebpf(capture.clone()),
     });
-    listen(&config, &sources).await?;
+    for (listener, scope) in listening {
+        tokio::spawn(admin::serve(listener, scope, Arc::clone(&sources)));
+    }
     let (beating, beats) = (capture.clone(), pulse);
     // The kernel side must notice when any of the data path's threads hangs.
     lanes
         .next()
         .spawn(async move { beating.keep_alive(|| beats.hung().is_none()).await });
-    let renewing = identities.clone();
-    tokio::spawn(async move { renewing.run().await });
+    tokio::spawn(async move { identities.run().await });
     tokio::spawn(watch_counters(capture));
     tokio::spawn(forget_idle(Arc::clone(&sources)));
     tokio::spawn(Arc::clone(&proxy).sweep(drain));
@@ -111,15 +114,27 @@ pub async fn run(config: AgentConfig, log: LogHandle, lanes: Lanes) -> anyhow::R
     Ok(())
 }
 
-/// Opens the pages.
-async fn listen(config: &AgentConfig, sources: &Arc<AdminSources>) -> anyhow::Result<()> {
-    for (address, scope) in [(config.admin, Scope::Admin), (config.metrics, Scope::Metrics)] {
-        let listener = admin::bind(address, scope)
-            .await
-            .with_context(|| format!("cannot listen on {address}: another agent, or another program, may"))?;
-        tokio::spawn(admin::serve(listener, scope, Arc::clone(sources)));
+fn capture(config: &AgentConfig) -> Result<(Claim, Capture), CaptureError> {
+    let claim = Claim::on(&config.bpffs)?;
+    Ok((claim, Capture::start(&CaptureOptions::new(&config.bpffs))?))
+}
+
+/// Opens the pages' sockets, before anything that outlives the agent is made.
+async fn listen(config: &AgentConfig) -> anyhow::Result<Vec<(TcpListener, Scope)>> {
+    let mut listening = Vec::new();
+    for (field, address, scope) in [
+        ("admin.address", config.admin, Scope::Admin),
+        ("metrics.address", config.metrics, Scope::Metrics),
+    ] {
+        let listener = admin::bind(address, scope).await;
+        let listener = listener.with_context(|| {
+            format!(
+                "cannot listen on {address}, the {field} (if another agent runs here, give this one its own)"
+            )
+        })?;
+        listening.push((listener, scope));
     }
-    Ok(())
+    Ok(listening)
 }
 
 /// Beats on each of the data path's threads.

@@ -233,13 +233,26 @@ impl Workloads {
                 true
             }
             Err((missing, message)) => {
-                if !missing {
+                if missing {
+                    self.waits(uid, &message);
+                } else {
                     self.failed.insert(uid.to_owned(), Instant::now() + RETRY_AFTER);
                     tracing::warn!(workload = %uid, error = %message, "cannot capture");
                 }
                 self.show(uid, if missing { "pending" } else { "failed" }, message);
                 false
             }
+        }
+    }
+
+    /// Says once what a workload waits for: it may be a place that comes in its time, or one that is misspelt.
+    fn waits(&self, uid: &str, message: &str) {
+        let shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = shown
+            .get(uid)
+            .is_some_and(|shown| shown.state == "pending" && shown.message == message);
+        if !known {
+            tracing::warn!(workload = %uid, place = %message, "not captured until its place is there");
         }
     }
 

@@ -5,6 +5,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use mesh_common::{WorkloadKey, maps};
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
@@ -28,17 +30,22 @@ impl Folders {
         }
     }
 
-    /// Makes them, mounting a BPF filesystem at the parent of our folder if there is none yet.
+    /// Makes them. Where there is no BPF filesystem, one is mounted at the parent of our folder, but never over
+    /// anything: that must be an empty folder, as `/sys/fs/bpf` is.
     pub(super) fn create(&self) -> Result<(), CaptureError> {
-        let parent = self.root.parent().unwrap_or(&self.root);
-        let failed = |source: io::Error| CaptureError::Bpffs {
-            path: parent.to_owned(),
+        let failed = |path: &Path, source: io::Error| CaptureError::Bpffs {
+            path: path.to_owned(),
             source,
         };
-        let kind = statfs(parent)
-            .map_err(|error| failed(error.into()))?
-            .filesystem_type();
-        if kind != BPF_FS_MAGIC {
+        let nearest = self.root.ancestors().find(|folder| folder.exists());
+        let nearest = nearest.unwrap_or_else(|| Path::new("/"));
+        let kind = statfs(nearest).map_err(|error| failed(nearest, error.into()))?;
+        if kind.filesystem_type() != BPF_FS_MAGIC {
+            let parent = self.root.parent().unwrap_or(&self.root);
+            let empty = fs::read_dir(parent).is_ok_and(|mut entries| entries.next().is_none());
+            if !empty {
+                return Err(CaptureError::NotBpffs(self.root.clone()));
+            }
             mount(
                 Some("bpf"),
                 parent,
@@ -46,14 +53,11 @@ impl Folders {
                 MsFlags::empty(),
                 Some("mode=0700"),
             )
-            .map_err(|error| failed(error.into()))?;
+            .map_err(|error| failed(parent, error.into()))?;
             tracing::info!(path = %parent.display(), "mounted a BPF filesystem");
         }
         for folder in [&self.maps, &self.links] {
-            fs::create_dir_all(folder).map_err(|source| CaptureError::Bpffs {
-                path: folder.clone(),
-                source,
-            })?;
+            fs::create_dir_all(folder).map_err(|source| failed(folder, source))?;
         }
         Ok(())
     }
@@ -61,6 +65,28 @@ impl Folders {
     /// The link of a workload's own program at `hook`.
     pub(super) fn workload_link(&self, workload: WorkloadKey, hook: &str) -> PathBuf {
         self.links.join(format!("{WORKLOAD_PREFIX}{workload:x}-{hook}"))
+    }
+}
+
+/// One agent's right to a folder, for as long as it lives: a second one would take the first one's workloads, and
+/// neither would notice.
+#[derive(Debug)]
+pub struct Claim(#[expect(dead_code, reason = "held for its Drop")] Flock<File>);
+
+impl Claim {
+    /// Makes the folder where it is missing.
+    pub fn on(bpffs: &Path) -> Result<Self, CaptureError> {
+        Folders::new(bpffs).create()?;
+        let failed = |source: io::Error| CaptureError::Bpffs {
+            path: bpffs.to_owned(),
+            source,
+        };
+        let folder = File::open(bpffs).map_err(failed)?;
+        match Flock::lock(folder, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => Ok(Self(lock)),
+            Err((_, Errno::EWOULDBLOCK)) => Err(CaptureError::Claimed(bpffs.to_owned())),
+            Err((_, error)) => Err(failed(error.into())),
+        }
     }
 }
 
@@ -126,6 +152,14 @@ mod tests {
                       cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\n";
         assert_eq!(cgroup2_mount(mounts), Some("/sys/fs/cgroup/unified"));
         assert_eq!(cgroup2_mount("proc /proc proc rw 0 0\n"), None);
+    }
+
+    #[test]
+    fn nothing_is_mounted_over() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("precious"), "data").unwrap();
+        let error = Folders::new(&dir.path().join("pins")).create().unwrap_err();
+        assert!(matches!(error, CaptureError::NotBpffs(_)), "{error}");
     }
 
     #[test]

@@ -10,8 +10,12 @@ use thiserror::Error;
 pub enum CaptureError {
     #[error("this agent was built without its eBPF programs: run `cargo xtask build-ebpf`, then build again")]
     NoPrograms,
-    #[error("cannot use {} as a BPF filesystem: {source}; run `mount -t bpf bpf {}` as root", path.display(), path.display())]
+    #[error("cannot use {} for pinned programs and maps{}", path.display(), as_root(source))]
     Bpffs { path: PathBuf, source: io::Error },
+    #[error("{} is on no BPF filesystem, and none is mounted over a folder with something in it: set `bpffs` to a folder below /sys/fs/bpf, or run `mount -t bpf bpf FOLDER` on one of your own first", .0.display())]
+    NotBpffs(PathBuf),
+    #[error("another agent runs with the `bpffs` {}: stop it first, or give this one a folder of its own", .0.display())]
+    Claimed(PathBuf),
     #[error("no cgroup2 hierarchy is mounted; run `mount -t cgroup2 none /sys/fs/cgroup`")]
     NoCgroup2,
     #[error("cannot read /proc/self/mounts: {0}")]
@@ -66,6 +70,13 @@ impl CaptureError {
             Self::NoSuchAddress { .. } | Self::LoopbackDown { .. } => true,
             _ => false,
         }
+    }
+}
+
+fn as_root(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => "; it takes root to",
+        _ => "",
     }
 }
 

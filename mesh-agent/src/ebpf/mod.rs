@@ -23,6 +23,7 @@ mod state;
 mod sys;
 mod uninstall;
 
+pub use bpffs::Claim;
 pub use enrol::{EnrolRequest, Enrolment};
 pub use error::CaptureError;
 pub use listeners::Listeners;

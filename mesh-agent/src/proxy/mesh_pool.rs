@@ -376,3 +376,119 @@ impl Peer {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::io;
+
+    use prometheus_client::registry::Registry;
+    use tokio::net::{TcpListener, TcpSocket, UdpSocket};
+    use tokio::sync::Notify;
+    use tokio::time::timeout;
+    use tokio_rustls::TlsAcceptor;
+
+    use super::*;
+    use crate::dns::{Client, Resolver};
+    use crate::identity::Identities;
+    use crate::lanes::Lanes;
+    use crate::metrics::Metrics;
+    use crate::model::{MtlsMode, MtlsPolicy, OnAgentDown, Snapshot, Workload};
+    use crate::sock::{Egress, Namespace};
+    use crate::store::Store;
+
+    const CLIENT: &str = "spiffe://cluster.local/ns/shop/sa/client";
+    const SERVER: &str = "spiffe://cluster.local/ns/shop/sa/server";
+    const LONG: Duration = Duration::from_secs(10);
+
+    /// The machine's own network, without capture.
+    #[derive(Debug)]
+    struct Open;
+
+    impl Namespace for Open {
+        fn original_destination(&self, _: SocketAddr, _: SocketAddr) -> Option<SocketAddr> {
+            None
+        }
+
+        fn original_dns_server(&self, _: SocketAddr) -> Option<SocketAddr> {
+            None
+        }
+
+        fn tcp_socket(&self, _: SocketAddr, _: Option<SocketAddr>) -> io::Result<Egress> {
+            Ok(Egress {
+                socket: TcpSocket::new_v4()?,
+                exemption: None,
+            })
+        }
+
+        fn udp_socket(&self, _: SocketAddr) -> io::Result<UdpSocket> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+    }
+
+    fn local(metrics: &Metrics) -> Arc<Local> {
+        let workload = Workload {
+            namespace: "shop".into(),
+            name: "client".into(),
+            labels: std::collections::BTreeMap::new(),
+            addresses: Vec::new(),
+            node: "node-a".into(),
+            identity: CLIENT.parse().unwrap(),
+            meshed: true,
+            mtls: MtlsPolicy {
+                default: MtlsMode::Strict,
+                ports: std::collections::BTreeMap::new(),
+            },
+            on_agent_down: OnAgentDown::Open,
+            place: None,
+        };
+        let client = Client {
+            namespace: "shop".into(),
+            cluster_domain: "cluster.local".into(),
+        };
+        let store = Store::new(Snapshot::default());
+        let resolver = Resolver::new(Arc::new(Open), client, store, metrics.clone());
+        Local::new(Arc::new(workload), Arc::new(Open), resolver, &Lanes::current())
+    }
+
+    #[tokio::test]
+    async fn a_request_with_less_time_than_a_handshake_takes_leaves_a_connection_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        let identities = Identities::open_embedded(dir.path(), "cluster.local").unwrap();
+        identities.ensure(&BTreeSet::from([
+            CLIENT.parse().unwrap(),
+            SERVER.parse().unwrap(),
+        ]));
+        let metrics = Metrics::new(&mut Registry::default());
+        // The port is the mesh's; the address is nobody's but this test's.
+        let address: IpAddr = "127.15.8.1".parse().unwrap();
+        let listener = TcpListener::bind((address, HBONE_PORT)).await.unwrap();
+        let config = tls::server_config(&identities, &SERVER.parse().unwrap()).unwrap();
+        let (reached, go) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+        let (at, until) = (Arc::clone(&reached), Arc::clone(&go));
+        tokio::spawn(async move {
+            let (stream, _) = listener.accept().await.unwrap();
+            at.notify_one();
+            until.notified().await;
+            let stream = TlsAcceptor::from(config).accept(stream).await.unwrap();
+            let mut connection = h2::server::handshake(stream).await.unwrap();
+            while connection.accept().await.is_some() {}
+        });
+        let local = local(&metrics);
+        let pool = MeshPool::new(TlsParts { identities, metrics });
+        let key = PeerKey {
+            source: local.enrolment,
+            source_identity: CLIENT.parse().unwrap(),
+            peer_identity: SERVER.parse().unwrap(),
+            address,
+        };
+        tokio::select! {
+            _ = pool.stream(&key, &local) => panic!("nobody has answered yet"),
+            () = reached.notified() => {}
+        }
+        go.notify_one();
+        let lease = timeout(LONG, pool.stream(&key, &local)).await.unwrap().unwrap();
+        assert!(lease.native());
+        assert_eq!(pool.connections(), 1, "that of the first one");
+    }
+}

@@ -307,12 +307,13 @@ mod tests {
 
     #[test]
     fn nothing_is_kept_once_no_try_can_follow() {
-        let body = body(&["one ", "two ", "three ", "four"]);
+        let large: &'static str = "l".repeat(COPY_BELOW).leak();
+        let body = body(&[large, "two ", "three ", "four"]);
         let first = body.start();
         next(&first);
         next(&first);
         let second = body.start();
-        assert_eq!(next(&second).unwrap(), "one ");
+        assert_eq!(next(&second).unwrap(), large);
         body.settle();
         assert!(!body.is_replayable());
         assert_eq!(kept(&body), "two ".len(), "what this try has still to send");
