@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Context;
-use mesh_tests::{Options, PodSpec, http, until_ok};
+use mesh_tests::{Agent, Options, PodSpec, http, until_ok};
 use serde_json::Value;
 
 use crate::common::{HTTP, WEB_V4, wait_until, web, web_with};
@@ -209,8 +209,8 @@ fn one_endpoint_behind_two_services_is_counted_for_each() {
     web.client
         .load(&[&url, "--requests", "300", "--connections", "1"])
         .unwrap();
-    until_ok("both services to be counted", Duration::from_secs(3), || {
-        let metrics = web.mesh.agents[0].metrics()?;
+    let counted = |agent: &Agent| {
+        let metrics = agent.metrics()?;
         let of = |service: &str| {
             let labels = [("destination_service", service), ("response_code", "418")];
             metrics.sum("istio_requests_total", &labels)
@@ -222,8 +222,11 @@ fn one_endpoint_behind_two_services_is_counted_for_each() {
         anyhow::ensure!(counted.0 > 90.0 && counted.1 > 90.0, "{counted:?}");
         anyhow::ensure!((counted.0 + counted.1 - 300.0).abs() < 0.1, "{counted:?}");
         Ok(())
-    })
-    .unwrap();
+    };
+    for agent in &web.mesh.agents {
+        let what = format!("{} to count both services", agent.node);
+        until_ok(&what, Duration::from_secs(3), || counted(agent)).unwrap();
+    }
 }
 
 /// Every way to end has the flag that Envoy's users know, on both sides.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use super::{Endpoint, RouteRule};
@@ -33,6 +33,11 @@ pub struct Service {
 }
 
 impl Service {
+    pub fn has_endpoint(&self, address: SocketAddr) -> bool {
+        let mut endpoints = self.ports.iter().flat_map(|port| port.endpoints.iter());
+        endpoints.any(|endpoint| endpoint.address == address)
+    }
+
     pub fn port(&self, port: u16) -> Option<&ServicePort> {
         self.ports.iter().find(|candidate| candidate.port == port)
     }

@@ -21,7 +21,7 @@ use super::inbound_http::Measured;
 use super::mesh_stream::{Duplex, Receiving};
 use super::stream::Stream;
 use super::{Proxy, headers, inbound_http, mesh_serve, reply};
-use crate::model::Protocol;
+use crate::model::{Protocol, ServiceKey};
 
 /// One mTLS connection from another agent.
 pub(super) struct Door {
@@ -139,8 +139,14 @@ impl Door {
             .ok()
             .filter(|client| client.ip().to_canonical() == self.caller.client.ip().to_canonical())
             .unwrap_or(self.caller.client);
+        let service = headers.get(headers::SERVICE).and_then(|key| key.to_str().ok());
+        let service = service.and_then(|key| key.split_once('/'));
         Caller {
             client,
+            service: service.map(|(namespace, name)| ServiceKey {
+                namespace: namespace.into(),
+                name: name.into(),
+            }),
             ..self.caller.clone()
         }
     }

@@ -19,7 +19,10 @@ pub(super) const CLIENT: HeaderName = HeaderName::from_static("mesh-agent-client
 /// The HTTP version that the client spoke, and the application will be spoken to in.
 pub(super) const VERSION: HeaderName = HeaderName::from_static("mesh-agent-version");
 
-const OURS: [HeaderName; 3] = [DESTINATION, CLIENT, VERSION];
+/// The service that the client dialled, `namespace/name`; several may have the destination as an endpoint.
+pub(super) const SERVICE: HeaderName = HeaderName::from_static("mesh-agent-service");
+
+const OURS: [HeaderName; 4] = [DESTINATION, CLIENT, VERSION, SERVICE];
 const XFCC: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");

@@ -27,7 +27,7 @@ use super::stream::Stream;
 use super::{CONNECT_TIMEOUT, HBONE_PORT, Proxy, failure, mesh_serve, serve, session};
 use crate::authz::{self, Verdict};
 use crate::metrics::{Peers, Reporter, Security, TcpRecorder};
-use crate::model::{Identity, Protocol, Snapshot};
+use crate::model::{Identity, Protocol, Service, ServiceKey, Snapshot};
 use crate::sock;
 use crate::tls;
 
@@ -43,6 +43,8 @@ pub(super) struct Caller {
     /// `x-forwarded-client-cert` for the application.
     pub(super) xfcc: Option<HeaderValue>,
     pub(super) recorders: Arc<Recorders>,
+    /// The service that it says it dialled.
+    pub(super) service: Option<ServiceKey>,
     /// The connection it asks over.
     pub(super) life: Arc<Life>,
 }
@@ -58,6 +60,7 @@ impl Caller {
             client,
             xfcc,
             recorders: Arc::default(),
+            service: None,
             life,
         }
     }
@@ -116,10 +119,7 @@ pub(super) fn with_peers<R>(
     let source = snapshot
         .workloads_by_address
         .get(&caller.client.ip().to_canonical());
-    let service = snapshot
-        .target_services
-        .get(&to)
-        .and_then(|key| snapshot.services.get(key));
+    let service = service(snapshot, caller, to);
     record(&Peers {
         reporter: Reporter::Destination,
         source: source.map(|source| &**source),
@@ -133,6 +133,15 @@ pub(super) fn with_peers<R>(
             Security::None
         },
     })
+}
+
+/// The service whose endpoint `to` is for `caller`: what it says it dialled, where that is so, else the first.
+fn service<'a>(snapshot: &'a Snapshot, caller: &Caller, to: SocketAddr) -> Option<&'a Arc<Service>> {
+    let get = |key: &ServiceKey| snapshot.services.get(key);
+    let dialled = caller.service.as_ref().and_then(get);
+    dialled
+        .filter(|service| service.has_endpoint(to))
+        .or_else(|| snapshot.target_services.get(&to).and_then(get))
 }
 
 async fn clear_text(proxy: Arc<Proxy>, accepted: Accepted) {

@@ -116,7 +116,12 @@ impl Measured {
             inbound: true,
             one: SocketAddr::new(caller.client.ip(), 0),
             other: Some(to),
-            service: None,
+            // Whether it has that endpoint is looked at only when the handle is made.
+            service: caller
+                .service
+                .as_ref()
+                .and_then(|key| snapshot.services.get(key))
+                .map(|service| Arc::as_ptr(service).addr()),
         };
         let recorder = caller.recorders.get(snapshot.generation, key, || {
             inbound::with_peers(&snapshot, dest, caller, to, |peers| proxy.metrics().http(peers))

@@ -258,6 +258,7 @@ impl Outbound {
         let snapshot = self.proxy.store.load();
         let candidates = self.candidates(&snapshot);
         let source = self.local.workload();
+        let service = candidates.service.as_deref();
         let mut tried = Vec::new();
         let mut last = Error::from(Kind::NoEndpoint);
         while tried.len() < MAX_TRIES
@@ -266,9 +267,8 @@ impl Outbound {
         {
             let way = Way::to(&self.proxy, &self.local, &source, endpoint);
             let in_flight = endpoint.load.enter();
-            match self.from(&source).stream(&way, endpoint.address).await {
+            match self.from(&source, service).stream(&way, endpoint.address).await {
                 Ok(stream) => {
-                    let service = candidates.service.as_deref();
                     let recorders = self.tcp_recorders(&snapshot, &way, endpoint, service);
                     let said = snapshot.target_protocol(endpoint.address);
                     let dest = match way {
@@ -312,7 +312,11 @@ impl Outbound {
         )
     }
 
-    pub(super) fn from<'a>(&'a self, source: &'a Workload) -> upstream::From<'a> {
+    pub(super) fn from<'a>(
+        &'a self,
+        source: &'a Workload,
+        service: Option<&'a Service>,
+    ) -> upstream::From<'a> {
         upstream::From {
             proxy: &self.proxy,
             local: &self.local,
@@ -320,6 +324,7 @@ impl Outbound {
             client: self.client,
             recorders: &self.recorders,
             life: &self.life,
+            service,
         }
     }
 
@@ -334,7 +339,7 @@ impl Outbound {
         let peers = peers(&source, endpoint, service, way.security());
         let mut recorders = vec![self.proxy.metrics().tcp(&peers)];
         if let Way::Local(dest) = way {
-            let caller = self.from(&source).caller(dest);
+            let caller = self.from(&source, service).caller(dest);
             recorders.push(inbound::tcp_recorder(
                 &self.proxy,
                 snapshot,

@@ -211,7 +211,7 @@ impl Attempts<'_> {
         tried: &mut Tried,
     ) -> Result<Response<Body>, Error> {
         let (endpoint, way) = self.next(tried)?;
-        let from = self.outbound.from(self.source);
+        let from = self.outbound.from(self.source, tried.service.as_deref());
         let sending = pin!(from.send(&way, endpoint.address, request, http2));
         match self.plan.timeouts.per_try {
             None => sending.await,
@@ -227,7 +227,8 @@ impl Attempts<'_> {
         switching: upgrade::Switching,
         tried: &mut Tried,
     ) -> Result<Response<Body>, Error> {
-        let from = self.outbound.from(self.source);
+        let service = tried.service.clone();
+        let from = self.outbound.from(self.source, service.as_deref());
         loop {
             let (endpoint, way) = self.next(tried)?;
             let error = match from.stream(&way, endpoint.address).await {

@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use http::header::{CONTENT_LENGTH, TRANSFER_ENCODING};
-use http::{HeaderValue, Method, Request, Response, Uri, Version};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, Uri, Version};
 use http_body::Body as _;
 
 use super::app_pool::{AppKey, AppPool};
@@ -21,7 +21,7 @@ use super::recorders::Recorders;
 use super::stream::Stream;
 use super::{CONNECT_TIMEOUT, Proxy, failure, inbound_http};
 use crate::metrics::Security;
-use crate::model::{Endpoint, MtlsMode, Workload};
+use crate::model::{Endpoint, MtlsMode, Service, Workload};
 use crate::sock;
 
 /// How an endpoint is reached.
@@ -79,6 +79,8 @@ pub(super) struct From<'a> {
     pub(super) client: SocketAddr,
     pub(super) recorders: &'a Arc<Recorders>,
     pub(super) life: &'a Arc<Life>,
+    /// The service it dialled.
+    pub(super) service: Option<&'a Service>,
 }
 
 impl From<'_> {
@@ -189,8 +191,18 @@ impl From<'_> {
             headers::VERSION,
             HeaderValue::from_static(if http2 { "2" } else { "1.1" }),
         );
+        self.name_service(headers);
         *request.version_mut() = Version::HTTP_2;
         Ok(())
+    }
+
+    fn name_service(&self, headers: &mut HeaderMap) {
+        // Names in documents are ASCII.
+        if let Some(service) = self.service
+            && let Ok(key) = HeaderValue::try_from(service.key.to_string())
+        {
+            headers.insert(headers::SERVICE, key);
+        }
     }
 
     /// An HBONE stream.
@@ -204,6 +216,7 @@ impl From<'_> {
         if let Ok(client) = HeaderValue::from_str(&self.client.to_string()) {
             request.headers_mut().insert(headers::CLIENT, client);
         }
+        self.name_service(request.headers_mut());
         let opened = tokio::time::timeout(CONNECT_TIMEOUT, lease.open(request)).await;
         let opened = opened.map_err(|cause| Error::new(Kind::Connect, cause))?;
         let (response, stream) = opened.map_err(|error| Error::new(Kind::Connect, error))?;
@@ -228,6 +241,7 @@ impl From<'_> {
         );
         Caller {
             recorders: Arc::clone(self.recorders),
+            service: self.service.map(|service| service.key.clone()),
             ..caller
         }
     }
