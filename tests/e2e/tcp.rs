@@ -116,6 +116,14 @@ fn pair(client: &Pod, server: &Pod, listener: &TcpListener, port: u16) -> (TcpSt
     (near, far)
 }
 
+/// A client, and a server on its own node and one on the other.
+fn near_and_far() -> (Mesh, Pod, [Pod; 2]) {
+    let (mut mesh, client, peer) = tcp();
+    let neighbour = mesh.pod(PodSpec::new("neighbour", 0)).unwrap();
+    mesh.wait_known(&neighbour).unwrap();
+    (mesh, client, [peer, neighbour])
+}
+
 fn abort(stream: &TcpStream) {
     SockRef::from(stream).set_linger(Some(Duration::ZERO)).unwrap();
 }
@@ -129,10 +137,8 @@ fn assert_reset(mut stream: TcpStream, what: &str) {
 /// What broke must not look like what ended: a reader would take half a file for the whole.
 #[test]
 fn a_reset_is_a_reset_on_the_other_side_too() {
-    let (mut mesh, client, peer) = tcp();
-    let neighbour = mesh.pod(PodSpec::new("neighbour", 0)).unwrap();
-    mesh.wait_known(&neighbour).unwrap();
-    for server in [&peer, &neighbour] {
+    let (_mesh, client, servers) = near_and_far();
+    for server in &servers {
         let listener = listen(server, 9000);
         let (near, far) = pair(&client, server, &listener, 9000);
         abort(&far);
@@ -147,10 +153,8 @@ fn a_reset_is_a_reset_on_the_other_side_too() {
 
 #[test]
 fn streams_of_a_released_workload_are_cut_and_seen_as_cut() {
-    let (mut mesh, client, peer) = tcp();
-    let neighbour = mesh.pod(PodSpec::new("neighbour", 0)).unwrap();
-    mesh.wait_known(&neighbour).unwrap();
-    for server in [&peer, &neighbour] {
+    let (mesh, client, servers) = near_and_far();
+    for server in &servers {
         let listener = listen(server, 9000);
         let (near, far) = pair(&client, server, &listener, 9000);
         mesh.withdraw(server).unwrap();

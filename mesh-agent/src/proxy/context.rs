@@ -90,6 +90,14 @@ impl Local {
     }
 }
 
+/// Returns when `dest` is released; never where there is none.
+pub(super) async fn released(dest: Option<&Arc<Local>>) {
+    match dest {
+        Some(dest) => dest.released().await,
+        None => std::future::pending().await,
+    }
+}
+
 /// The enrolled workloads.
 #[derive(Debug, Default)]
 pub struct Locals(ArcSwap<Known>);

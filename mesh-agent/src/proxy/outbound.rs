@@ -9,7 +9,7 @@ use std::sync::Arc;
 use http::Request;
 use hyper::body::Incoming;
 
-use super::context::{Direction, Life, Local};
+use super::context::{self, Direction, Life, Local};
 use super::detect::{Detected, Prefixed};
 use super::error::{Error, Kind};
 use super::listener::Accepted;
@@ -233,15 +233,9 @@ impl Outbound {
                 if opened.watched {
                     client.refuse_http();
                 }
-                let released = async {
-                    match &opened.dest {
-                        Some(dest) => dest.released().await,
-                        None => std::future::pending().await,
-                    }
-                };
                 tokio::select! {
                     () = session::copy(client, server, self.life.connection(), opened.recorders) => {}
-                    () = released => {}
+                    () = context::released(opened.dest.as_ref()) => {}
                 }
             }
             Err(error) => self.fail(client, &error),

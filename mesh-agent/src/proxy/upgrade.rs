@@ -14,7 +14,7 @@ use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 
 use super::body::Body;
-use super::context::{Life, Local};
+use super::context::{self, Life, Local};
 use super::detect::Prefixed;
 use super::error::{Error, Kind};
 use super::hangup::Watched;
@@ -88,12 +88,6 @@ pub(super) async fn switch(
     tokio::spawn(async move {
         // Counts for balancing as long as it lives.
         let _held = held;
-        let released = async {
-            match &dest {
-                Some(dest) => dest.released().await,
-                None => std::future::pending().await,
-            }
-        };
         let copying = async {
             let switched = tokio::try_join!(client, server);
             let (client, server) = switched.ok().and_then(|(client, server)| both(client, server))?;
@@ -102,7 +96,7 @@ pub(super) async fn switch(
         tokio::select! {
             _ = copying => {}
             () = life.cut() => {}
-            () = released => {}
+            () = context::released(dest.as_ref()) => {}
         }
     });
     let switched = response.headers().get(header::UPGRADE).cloned();
