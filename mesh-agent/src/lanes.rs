@@ -30,13 +30,17 @@ struct Inner {
 }
 
 impl Lanes {
-    /// Starts as many as the process may use CPUs. They run until the process ends.
+    /// Starts `count` of them, or one for every other CPU that the process may use. They run until the process ends.
+    ///
+    /// The other half of the node is for its pods; and each lane more costs: it has connections of its own to the
+    /// other agents, so that fewer requests share a write, a wake-up and what is in the core's caches.
     ///
     /// # Errors
     ///
     /// A thread or its runtime cannot be made.
-    pub fn start() -> io::Result<Self> {
-        let count = thread::available_parallelism().map_or(1, NonZero::get);
+    pub fn start(count: Option<usize>) -> io::Result<Self> {
+        let cpus = thread::available_parallelism().map_or(1, NonZero::get);
+        let count = count.unwrap_or(cpus / 2).max(1);
         let handles = (0..count).map(start_one).collect::<io::Result<_>>()?;
         Ok(Self::over(handles))
     }
@@ -70,7 +74,7 @@ impl Lanes {
 
     /// Something that each lane has of its own.
     pub fn each<T>(&self, make: impl Fn() -> T) -> PerLane<T> {
-        PerLane(self.all().map(|_| make()).collect())
+        PerLane(self.all().map(|_| Apart(make())).collect())
     }
 }
 
@@ -101,20 +105,23 @@ impl Lane<'_> {
 
 /// What each lane has of its own.
 #[derive(Debug)]
-pub struct PerLane<T>(Box<[T]>);
+pub struct PerLane<T>(Box<[Apart<T>]>);
+
+/// On cache lines that no other lane writes to.
+#[derive(Debug)]
+#[repr(align(128))]
+struct Apart<T>(T);
 
 impl<T> PerLane<T> {
     /// The caller's; the first one's where the caller is on none.
     pub fn here(&self) -> &T {
         // Made for as many lanes as there are, and there is at least one.
-        &self.0[HERE
-            .get()
-            .filter(|index| *index < self.0.len())
-            .unwrap_or_default()]
+        let index = HERE.get().filter(|index| *index < self.0.len());
+        &self.0[index.unwrap_or_default()].0
     }
 
     pub fn iter(&self) -> impl Iterator<Item = &T> {
-        self.0.iter()
+        self.0.iter().map(|own| &own.0)
     }
 }
 

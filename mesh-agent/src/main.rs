@@ -44,7 +44,7 @@ fn run(config: Option<&Path>) -> anyhow::Result<()> {
     let filter = std::env::var("RUST_LOG").unwrap_or_else(|_| config.log_level.clone());
     let log =
         telemetry::init(format, &filter).with_context(|| format!("cannot log by the filter `{filter}`"))?;
-    let lanes = Lanes::start().context("cannot start the data path's threads")?;
+    let lanes = Lanes::start(config.threads).context("cannot start the data path's threads")?;
     // The control side has this thread: it answers when the data path is busy, and the other way round.
     let control = Builder::new_current_thread().enable_all().build()?;
     control.block_on(app::run(config, log, lanes))

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, Guard};
 use tokio::sync::watch;
 
 use crate::model::Snapshot;
@@ -28,6 +28,11 @@ impl Store {
     /// The snapshot of this moment.
     pub fn load(&self) -> Arc<Snapshot> {
         self.current.load_full()
+    }
+
+    /// The same for a look that ends before the next await: it touches no count that all threads share.
+    pub fn glance(&self) -> Guard<Arc<Snapshot>> {
+        self.current.load()
     }
 
     pub fn publish(&self, snapshot: Snapshot) {

@@ -7,7 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::Context;
-use mesh_tests::{Mesh, Options, Pod, PodSpec, until_ok};
+use mesh_tests::{Mesh, Options, Pod, PodSpec, THREADS, until_ok};
 use socket2::SockRef;
 use tokio::time::Instant;
 
@@ -172,14 +172,13 @@ fn an_aborted_connection_leaves_nothing_open() {
         stream.read_exact(&mut [0]).unwrap();
         SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
     }
-    let threads = thread::available_parallelism().unwrap().get();
     until_ok("all connections to be closed", Duration::from_secs(5), || {
         for agent in &mesh.agents {
             let page = agent.get("/api/v1/connections")?;
             let all = page.as_array().context("no list")?;
             // One connection between the agents for each thread of the data path stays for the next ones.
             let open = all.iter().filter(|one| one["protocol"] != "hbone").count();
-            anyhow::ensure!(open == 0 && all.len() <= threads, "{}: {page}", agent.node);
+            anyhow::ensure!(open == 0 && all.len() <= THREADS, "{}: {page}", agent.node);
         }
         Ok(())
     })

@@ -20,6 +20,9 @@ const NODES: [&str; 2] = ["node-a", "node-b"];
 /// What a changed resource may take to have effect everywhere.
 const SETTLE: Duration = Duration::from_secs(10);
 
+/// Of each agent's data path: on small machines too, more than one that could get in another's way.
+pub const THREADS: usize = 2;
+
 #[derive(Clone, Debug)]
 pub struct Options {
     /// Prefixes everything that the mesh makes. By default a name that no other run has.
@@ -38,7 +41,7 @@ impl Default for Options {
             name: None,
             agents: true,
             log: "info".to_owned(),
-            config: String::new(),
+            config: format!("threads: {THREADS}\n"),
         }
     }
 }

@@ -26,6 +26,8 @@ pub struct AgentConfig {
     pub metrics: SocketAddr,
     pub state_dir: PathBuf,
     pub bpffs: PathBuf,
+    /// Of the data path; `None`: what the CPUs ask for.
+    pub threads: Option<usize>,
     pub access_log: AccessLogFormat,
     pub log_format: LogFormat,
     /// A filter as in `info,mesh_agent::proxy=debug`.
@@ -71,6 +73,7 @@ struct RawConfig {
     metrics: RawAddress,
     state_dir: PathBuf,
     bpffs: PathBuf,
+    threads: Option<usize>,
     access_log: RawAccessLog,
     log: RawLog,
     drain: RawDrain,
@@ -88,6 +91,7 @@ impl Default for RawConfig {
             metrics: RawAddress::default(),
             state_dir: "/var/lib/mesh-agent".into(),
             bpffs: "/sys/fs/bpf/mesh-agent".into(),
+            threads: None,
             access_log: RawAccessLog::default(),
             log: RawLog::default(),
             drain: RawDrain::default(),
@@ -138,6 +142,9 @@ struct RawAddress {
 /// The admin page shows much and is for the machine's own users; metrics are scraped from elsewhere.
 const ADMIN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 15000);
 const METRICS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 15020);
+
+/// More than any node has CPUs to spare for it.
+const MAX_THREADS: usize = 1024;
 
 #[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -224,6 +231,12 @@ impl AgentConfig {
         if let Err(error) = log_filter::parse(&raw.log.level) {
             issues.error("log.level", error.to_string());
         }
+        if raw
+            .threads
+            .is_some_and(|threads| !(1..=MAX_THREADS).contains(&threads))
+        {
+            issues.error("threads", format!("must be from 1 to {MAX_THREADS}"));
+        }
         let drain = duration(&raw.drain.deadline).unwrap_or_else(|message| {
             issues.error("drain.deadline", message);
             Duration::ZERO
@@ -238,6 +251,7 @@ impl AgentConfig {
             metrics: raw.metrics.address.unwrap_or(METRICS),
             state_dir: base.join(raw.state_dir),
             bpffs: base.join(raw.bpffs),
+            threads: raw.threads,
             access_log: raw.access_log.format,
             log_format: raw.log.format,
             log_level: raw.log.level,
@@ -287,6 +301,7 @@ mod tests {
         assert_eq!(config.admin.to_string(), "127.0.0.1:15000");
         assert_eq!(config.metrics.to_string(), "0.0.0.0:15020");
         assert_eq!(config.state_dir, Path::new("/var/lib/mesh-agent"));
+        assert_eq!(config.threads, None);
         assert_eq!(config.drain, Duration::from_secs(30));
         let named = AgentConfig::parse("", Path::new("agent.yaml"), None).unwrap();
         assert!(is_dns_subdomain(&named.node), "{}", named.node);
@@ -304,6 +319,7 @@ admin: {address: '127.0.0.1:1'}
 metrics: {address: '[::1]:2'}
 stateDir: state
 bpffs: /sys/fs/bpf/b
+threads: 3
 accessLog: {format: json}
 log: {level: 'warn,mesh_agent=debug', format: json}
 drain: {deadline: 1m}
@@ -319,6 +335,7 @@ drain: {deadline: 1m}
             metrics: "[::1]:2".parse().unwrap(),
             state_dir: "/etc/mesh/state".into(),
             bpffs: "/sys/fs/bpf/b".into(),
+            threads: Some(3),
             access_log: AccessLogFormat::Json,
             log_format: LogFormat::Json,
             log_level: "warn,mesh_agent=debug".into(),
@@ -350,6 +367,11 @@ drain: {deadline: 1m}
             (
                 "drain: {deadline: 30x}",
                 "drain.deadline: `30x` is not a duration; allowed: ",
+            ),
+            ("threads: 0", "threads: must be from 1 to 1024"),
+            (
+                "threads: all",
+                "threads: invalid type: string \"all\", expected usize",
             ),
             ("node: A_b", "node: \"A_b\" is not a name; allowed: "),
             (

@@ -53,6 +53,7 @@ impl Inputs<'_> {
         });
         model::Service {
             key: key.clone(),
+            header: key.to_header(),
             hostname: format!(
                 "{}.{}.svc.{}",
                 key.name, key.namespace, self.settings.cluster_domain

@@ -8,7 +8,7 @@ use super::index::Index;
 use super::peer_authentication::PeerAuthentication;
 use super::pod::Pod;
 use super::resource::{Labels, ResourceKey, selects};
-use crate::model::{Identity, MtlsMode, MtlsPolicy, OnAgentDown, Workload};
+use crate::model::{Identity, MtlsMode, MtlsPolicy, Names, OnAgentDown, Workload};
 
 /// Where Istio looks for mesh-wide policies.
 pub(super) const ROOT_NAMESPACE: &str = "istio-system";
@@ -25,11 +25,11 @@ pub(super) fn compile(index: &Index, settings: &Settings, key: &ResourceKey, pod
         labels: pod.labels.clone(),
         addresses: pod.addresses.clone(),
         node: Arc::clone(&pod.node),
-        identity: Identity {
+        identity: Identity::from(Names {
             trust_domain: Arc::clone(&settings.trust_domain),
             namespace: Arc::clone(&key.namespace),
             service_account: Arc::clone(&pod.service_account),
-        },
+        }),
         // In the host's network namespace only the way out is captured.
         meshed: member && !pod.host_network,
         on_agent_down: pod.on_agent_down.unwrap_or(match strict {

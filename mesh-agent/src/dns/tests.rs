@@ -55,6 +55,7 @@ fn service(namespace: &str, name: &str, vips: &[&str], endpoints: Option<&[&str]
             namespace: namespace.into(),
             name: name.into(),
         },
+        header: http::HeaderValue::from_static("any"),
         hostname: format!("{name}.{namespace}.svc.cluster.local").into(),
         vips: vips.iter().map(ip).collect(),
         headless: endpoints.is_some(),

@@ -9,7 +9,7 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 
 use super::flag::Flag;
-use super::histogram::{BYTES, Histogram, MICROSECONDS, Unit};
+use super::histogram::Observed;
 use super::http::{Cell, HttpRecorder};
 use super::table::Table;
 use super::tcp::TcpSeries;
@@ -21,7 +21,7 @@ pub(super) struct Traffic {
 }
 
 /// Name, help, where its values are, and what they are counted in.
-type HistogramFamily = (&'static str, &'static str, fn(&Cell) -> &Histogram, &'static Unit);
+type HistogramFamily = (&'static str, &'static str, fn(&Cell) -> Observed);
 /// Name, help and where its value is.
 type CounterFamily = (&'static str, &'static str, fn(&TcpSeries) -> u64);
 
@@ -33,26 +33,23 @@ impl Collector for Traffic {
             (
                 "istio_request_duration_milliseconds",
                 "Time from the arrival of a request to the end of its response",
-                |cell| &cell.duration,
-                &MICROSECONDS,
+                Cell::duration,
             ),
             (
                 "istio_request_bytes",
                 "Size of request bodies",
-                |cell| &cell.request_bytes,
-                &BYTES,
+                Cell::request_bytes,
             ),
             (
                 "istio_response_bytes",
                 "Size of response bodies",
-                |cell| &cell.response_bytes,
-                &BYTES,
+                Cell::response_bytes,
             ),
         ];
-        for (name, help, histogram, unit) in histograms {
+        for (name, help, histogram) in histograms {
             let mut family = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
             for (labels, cell) in http.iter().flat_map(|recorder| recorder.cells()) {
-                let observed = histogram(cell).read(unit);
+                let observed = histogram(cell);
                 family.encode_family(&labels)?.encode_histogram::<NoLabelSet>(
                     observed.sum,
                     observed.count,

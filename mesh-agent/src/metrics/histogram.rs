@@ -71,13 +71,19 @@ impl Histogram {
         self.sum.fetch_add(value, Ordering::Relaxed);
     }
 
-    pub(super) fn read(&self, unit: &Unit) -> Observed {
-        let buckets = std::array::from_fn(|index| {
-            let bound = BOUNDS.get(index).copied().unwrap_or(f64::INFINITY);
-            (bound, self.counts[index].load(Ordering::Relaxed))
-        });
+    /// What all of them hold together.
+    pub(super) fn read<'a>(parts: impl Iterator<Item = &'a Self>, unit: &Unit) -> Observed {
+        let bound = |index| BOUNDS.get(index).copied().unwrap_or(f64::INFINITY);
+        let mut buckets = std::array::from_fn(|index| (bound(index), 0));
+        let mut sum = 0_u64;
+        for part in parts {
+            for ((_, all), count) in buckets.iter_mut().zip(&part.counts) {
+                *all += count.load(Ordering::Relaxed);
+            }
+            sum = sum.wrapping_add(part.sum.load(Ordering::Relaxed));
+        }
         Observed {
-            sum: self.sum.load(Ordering::Relaxed) as f64 / f64::from(unit.per_unit),
+            sum: sum as f64 / f64::from(unit.per_unit),
             count: buckets.iter().map(|(_, count)| count).sum(),
             buckets,
         }
@@ -109,7 +115,7 @@ mod tests {
         for value in [0, 1, 2, 3_600_000, 3_600_001] {
             histogram.observe(value, &BYTES);
         }
-        let observed = histogram.read(&BYTES);
+        let observed = Histogram::read([&histogram].into_iter(), &BYTES);
         let of = |bound: f64| observed.buckets.iter().find(|(b, _)| *b == bound).unwrap().1;
         assert_eq!(
             (of(0.5), of(1.0), of(5.0), of(3.6e6), of(f64::INFINITY)),

@@ -7,7 +7,7 @@ use std::time::Duration;
 use prometheus_client::metrics::counter::Counter;
 
 use super::flag::Flag;
-use super::histogram::{BYTES, Histogram, MICROSECONDS};
+use super::histogram::{BYTES, Histogram, MICROSECONDS, Observed};
 use super::labels::{Labels, PeerLabels, Reporter};
 
 /// How a request ended.
@@ -203,33 +203,69 @@ impl Key {
     }
 }
 
+/// One outcome's counts, in parts that are added up when they are read: threads that count the same thing on
+/// different cores would else take the memory from each other with every request.
 #[derive(Debug)]
 pub(super) struct Cell {
     key: Key,
-    pub(super) duration: Histogram,
-    pub(super) request_bytes: Histogram,
-    pub(super) response_bytes: Histogram,
+    parts: [OnceLock<Box<Part>>; PARTS],
+}
+
+/// More threads than that share parts.
+const PARTS: usize = 8;
+
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct Part {
+    duration: Histogram,
+    request_bytes: Histogram,
+    response_bytes: Histogram,
+}
+
+thread_local! {
+    /// The part that this thread counts in.
+    static OWN: usize = {
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        NEXT.fetch_add(1, Ordering::Relaxed) % PARTS
+    };
 }
 
 impl Cell {
     fn new(key: Key) -> Self {
         Self {
             key,
-            duration: Histogram::default(),
-            request_bytes: Histogram::default(),
-            response_bytes: Histogram::default(),
+            parts: Default::default(),
         }
     }
 
     fn record(&self, outcome: &HttpOutcome) {
+        let part = self.parts[OWN.with(|own| *own)].get_or_init(Box::default);
         let microseconds = u64::try_from(outcome.duration.as_micros()).unwrap_or(u64::MAX);
-        self.duration.observe(microseconds, &MICROSECONDS);
-        self.request_bytes.observe(outcome.request_bytes, &BYTES);
-        self.response_bytes.observe(outcome.response_bytes, &BYTES);
+        part.duration.observe(microseconds, &MICROSECONDS);
+        part.request_bytes.observe(outcome.request_bytes, &BYTES);
+        part.response_bytes.observe(outcome.response_bytes, &BYTES);
     }
 
     /// Each request has exactly one duration.
     pub(super) fn requests(&self) -> u64 {
-        self.duration.count()
+        self.parts().map(|part| part.duration.count()).sum()
+    }
+
+    pub(super) fn duration(&self) -> Observed {
+        Histogram::read(self.parts().map(|part| &part.duration), &MICROSECONDS)
+    }
+
+    pub(super) fn request_bytes(&self) -> Observed {
+        Histogram::read(self.parts().map(|part| &part.request_bytes), &BYTES)
+    }
+
+    pub(super) fn response_bytes(&self) -> Observed {
+        Histogram::read(self.parts().map(|part| &part.response_bytes), &BYTES)
+    }
+
+    fn parts(&self) -> impl Iterator<Item = &Part> {
+        self.parts
+            .iter()
+            .filter_map(|part| part.get().map(|part| &**part))
     }
 }

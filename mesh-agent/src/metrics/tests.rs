@@ -92,6 +92,7 @@ fn shop() -> Shop {
                 namespace: "shop".into(),
                 name: "reviews".into(),
             },
+            header: ::http::HeaderValue::from_static("shop/reviews"),
             hostname: "reviews.shop.svc.cluster.local".into(),
             vips: Vec::new(),
             headless: false,

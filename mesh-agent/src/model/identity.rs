@@ -1,15 +1,34 @@
 //! SPIFFE identities of workloads: `spiffe://<trust domain>/ns/<namespace>/sa/<service account>`.
 
 use std::fmt;
+use std::ops::Deref;
 use std::str::FromStr;
 use std::sync::Arc;
 
-/// Who a workload is, as its certificate says.
+/// Who a workload is, as its certificate says. Cheap to hand on: every request bears two.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Identity {
+pub struct Identity(Arc<Names>);
+
+/// What an [`Identity`] is made of.
+#[derive(Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Names {
     pub trust_domain: Arc<str>,
     pub namespace: Arc<str>,
     pub service_account: Arc<str>,
+}
+
+impl Deref for Identity {
+    type Target = Names;
+
+    fn deref(&self) -> &Names {
+        &self.0
+    }
+}
+
+impl From<Names> for Identity {
+    fn from(names: Names) -> Self {
+        Self(Arc::new(names))
+    }
 }
 
 /// Not a SPIFFE ID of the form that Istio and we use.
@@ -46,11 +65,11 @@ impl FromStr for Identity {
         if parts.next().is_some() {
             return Err(InvalidIdentity);
         }
-        Ok(Self {
+        Ok(Self::from(Names {
             trust_domain: trust_domain.into(),
             namespace: namespace.into(),
             service_account: service_account.into(),
-        })
+        }))
     }
 }
 

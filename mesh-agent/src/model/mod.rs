@@ -12,7 +12,7 @@ mod snapshot;
 mod workload;
 
 pub use endpoint::{Endpoint, InFlight, Load};
-pub use identity::{Identity, InvalidIdentity};
+pub use identity::{Identity, InvalidIdentity, Names};
 pub use route::{
     Backend, HeaderEdit, HeaderEdits, HeaderMatch, MethodMatch, PathMatch, QueryMatch, RequestMatch, RetryOn,
     RetryPolicy, RouteRule, StringMatch, Timeouts,

@@ -5,6 +5,8 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+use http::HeaderValue;
+
 use super::{Endpoint, RouteRule};
 
 /// Names a service within the mesh.
@@ -12,6 +14,23 @@ use super::{Endpoint, RouteRule};
 pub struct ServiceKey {
     pub namespace: Arc<str>,
     pub name: Arc<str>,
+}
+
+impl ServiceKey {
+    /// As agents tell it to each other.
+    pub fn to_header(&self) -> HeaderValue {
+        // A name that is none cannot come out of a document; empty, it is nobody's.
+        HeaderValue::try_from(self.to_string()).unwrap_or_else(|_| HeaderValue::from_static(""))
+    }
+
+    /// What [`ServiceKey::to_header`] made; `None` for anything else.
+    pub fn from_header(header: &HeaderValue) -> Option<Self> {
+        let (namespace, name) = header.to_str().ok()?.split_once('/')?;
+        Some(Self {
+            namespace: namespace.into(),
+            name: name.into(),
+        })
+    }
 }
 
 impl fmt::Display for ServiceKey {
@@ -23,6 +42,8 @@ impl fmt::Display for ServiceKey {
 #[derive(Debug, PartialEq)]
 pub struct Service {
     pub key: ServiceKey,
+    /// The key, ready to be sent with each request.
+    pub header: HeaderValue,
     /// `<name>.<namespace>.svc.<cluster domain>`
     pub hostname: Arc<str>,
     /// The clusterIPs; for a service without one the stable addresses that the agent gave it. DNS answers these.

@@ -11,7 +11,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use http::{Request, Response};
+use http::Response;
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use tokio::time::Instant;
@@ -20,6 +20,7 @@ use super::app_streams::{Place, Shared};
 use super::body::{Body, Held};
 use super::error::{Error, Kind};
 use super::failure;
+use super::message::Message;
 use super::stream::Stream;
 use crate::model::Identity;
 
@@ -44,7 +45,7 @@ pub(super) struct AppKey {
     pub(super) present: Option<IpAddr>,
     pub(super) to: SocketAddr,
     /// (ours, theirs) when the connection travels inside an mTLS tunnel.
-    pub(super) tunnel: Option<(Identity, Identity)>,
+    pub(super) tunnel: Option<Box<(Identity, Identity)>>,
 }
 
 /// The connections that leave from one workload's network namespace.
@@ -69,7 +70,7 @@ pub(super) struct Lease {
 }
 
 impl Lease {
-    pub(super) fn give_back(self) {
+    pub(super) fn give_back(self: Box<Self>) {
         if self.sender.is_closed() {
             return;
         }
@@ -90,17 +91,18 @@ impl AppPool {
     pub(super) async fn send_http1(
         &self,
         key: AppKey,
-        mut request: Request<Body>,
+        mut message: Box<Message>,
         connect: impl AsyncFnOnce() -> Result<Stream, Error>,
     ) -> Result<Response<Body>, Error> {
+        let http2 = message.http2;
         while let Some(mut sender) = self.take(&key) {
             if !matches!(tokio::time::timeout(READY, sender.ready()).await, Ok(Ok(()))) {
                 continue;
             }
-            match sender.try_send_request(request).await {
+            match sender.try_send_request(message.into_request()).await {
                 Ok(response) => return Ok(self.leased(key, sender, response)),
                 Err(mut failed) => match failed.take_message() {
-                    Some(unsent) => request = unsent,
+                    Some(unsent) => message = Message::from_request(unsent, http2),
                     None => return Err(failure::of_http(failed.into_error())),
                 },
             }
@@ -113,27 +115,27 @@ impl AppPool {
             // Whoever sent the request gets the error; there is nobody else to tell.
             let _ = connection.await;
         });
-        let response = sender.send_request(request).await.map_err(failure::of_http)?;
-        Ok(self.leased(key, sender, response))
+        let response = sender.send_request(message.into_request()).await;
+        Ok(self.leased(key, sender, response.map_err(failure::of_http)?))
     }
 
     /// Sends one request over a shared HTTP/2 connection with prior knowledge.
     pub(super) async fn send_http2(
         &self,
         key: AppKey,
-        mut request: Request<Body>,
+        mut message: Box<Message>,
         connect: impl AsyncFnOnce() -> Result<Stream, Error>,
     ) -> Result<Response<Body>, Error> {
         for _ in 0..REUSES {
             let Some(place) = self.place(&key) else { break };
-            match place.send(request).await {
+            match place.send(message).await {
                 Ok(response) => return Ok(response),
-                Err((_, Some(unsent))) => request = unsent,
+                Err((_, Some(unsent))) => message = unsent,
                 Err((error, None)) => return Err(error),
             }
         }
         let place = Box::pin(self.open(key, connect)).await?;
-        place.send(request).await.map_err(|(error, _)| error)
+        place.send(message).await.map_err(|(error, _)| error)
     }
 
     /// One of the requests that find no connection with room makes one, and all have what comes of it.
@@ -223,7 +225,7 @@ impl AppPool {
             key,
             sender,
         };
-        response.map(|body| Body::incoming(body).holding(Held::App(lease)))
+        response.map(|body| Body::incoming(body).holding(Held::App(Box::new(lease))))
     }
 
     fn lock(&self) -> MutexGuard<'_, Connections> {
@@ -241,6 +243,7 @@ impl Connections {
 mod tests {
     use std::convert::Infallible;
 
+    use http::Request;
     use http_body_util::BodyExt;
     use hyper::body::Incoming;
     use hyper::server::conn;
@@ -262,11 +265,9 @@ mod tests {
         }
     }
 
-    fn request() -> Request<Body> {
-        Request::builder()
-            .uri("http://app/")
-            .body(Body::default())
-            .unwrap()
+    fn request(http2: bool) -> Box<Message> {
+        let request = Request::builder().uri("http://app/").body(Body::default());
+        Message::from_request(request.unwrap(), http2)
     }
 
     async fn connect(to: SocketAddr) -> Result<Stream, Error> {
@@ -308,7 +309,7 @@ mod tests {
             .map(|_| {
                 let pool = pool.clone();
                 tokio::spawn(async move {
-                    let sent = pool.send_http2(key(to), request(), async || connect(to).await);
+                    let sent = pool.send_http2(key(to), request(true), async || connect(to).await);
                     sent.await.unwrap()
                 })
             })
@@ -345,11 +346,11 @@ mod tests {
         });
         let pool = AppPool::default();
         for _ in 0..2 {
-            let sent = pool.send_http1(key(to), request(), async || connect(to).await);
+            let sent = pool.send_http1(key(to), request(false), async || connect(to).await);
             sent.await.unwrap().into_body().collect().await.unwrap();
             assert_eq!(pool.kept(), 1);
         }
-        let sent = pool.send_http1(key(to), request(), async || connect(to).await);
+        let sent = pool.send_http1(key(to), request(false), async || connect(to).await);
         let last = sent.await.unwrap();
         pool.close();
         last.into_body().collect().await.unwrap();

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use http::{Request, Response};
+use http::Response;
 use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::sync::{Mutex, OwnedMutexGuard};
@@ -20,6 +20,7 @@ use tokio::time::{Instant, timeout};
 use super::body::{Body, Held};
 use super::error::{Error, Kind};
 use super::failure;
+use super::message::Message;
 use super::serve::MAX_HEAD;
 use super::stream::Stream;
 
@@ -172,13 +173,15 @@ impl Place {
     /// Sends a request; gives it back when it was certainly not sent.
     pub(super) async fn send(
         self,
-        request: Request<Body>,
-    ) -> Result<Response<Body>, (Error, Option<Request<Body>>)> {
+        message: Box<Message>,
+    ) -> Result<Response<Body>, (Error, Option<Box<Message>>)> {
         let mut sender = self.0.sender.clone();
-        match sender.try_send_request(request).await {
+        let http2 = message.http2;
+        match sender.try_send_request(message.into_request()).await {
             Ok(response) => Ok(response.map(|body| Body::incoming(body).holding(Held::Place(self)))),
             Err(mut failed) => {
                 let unsent = failed.take_message();
+                let unsent = unsent.map(|request| Message::from_request(request, http2));
                 Err((failure::of_http(failed.into_error()), unsent))
             }
         }

@@ -15,7 +15,7 @@ use super::record::{Exchange, Outcome, Tail};
 use super::recorders::Exchanging;
 use super::{failure, reply};
 use crate::metrics::{Flag, HttpRecorder, Peers, Reporter, Security};
-use crate::model::{Endpoint, InFlight, Service, Snapshot, Workload};
+use crate::model::{Endpoint, InFlight, RouteRule, Service, Snapshot, Workload};
 
 /// A request under way.
 pub(super) struct Asked<'a> {
@@ -23,7 +23,7 @@ pub(super) struct Asked<'a> {
     snapshot: &'a Snapshot,
     source: &'a Workload,
     pub(super) exchange: Arc<Exchange>,
-    pub(super) tried: Tried,
+    pub(super) tried: Tried<'a>,
     finished: bool,
 }
 
@@ -80,40 +80,27 @@ impl<'a> Asked<'a> {
         let recorder = self.recorder();
         let tried = std::mem::take(&mut self.tried);
         let logged = self.exchange.line.is_some();
-        let workload = |(endpoint, _): &(Endpoint, Security)| endpoint.workload.clone().filter(|_| logged);
-        let (last, log) = (tried.last.as_ref(), self.outbound.proxy.access_log.clone());
-        let outcome = Outcome {
-            upstream: last.map(|(endpoint, _)| endpoint.address),
-            destination: last.and_then(workload).map(|workload| workload.uid().into()),
-            identity: last
-                .filter(|(_, security)| *security == Security::MutualTls)
-                .and_then(workload)
-                .map(|workload| workload.identity.clone()),
-            route: tried.route,
-            attempts: tried.tries,
-        };
-        Tail::new(Arc::clone(&self.exchange), recorder, log, "outbound")
-            .to(outcome)
-            .counting(tried.in_flight)
+        let log = logged.then(|| (self.outbound.proxy.access_log.clone(), tried.outcome()));
+        Tail::new(Arc::clone(&self.exchange), recorder, log, "outbound").counting(tried.in_flight)
     }
 
     fn recorder(&self) -> Arc<HttpRecorder> {
-        let last = self.tried.last.as_ref();
+        let last = self.tried.last;
         // Where nothing was tried, the service that was dialled.
         let dialled = match last {
             Some(_) => None,
             None => self.outbound.candidates(self.snapshot).service,
         };
-        let service = self.tried.service.as_deref().or(dialled.as_deref());
+        let service = self.tried.service.or(dialled);
         let key = Exchanging {
             inbound: false,
             one: self.outbound.original,
             other: last.map(|(endpoint, _)| endpoint.address),
-            service: service.map(|service| std::ptr::from_ref(service).addr()),
+            service: service.map(|service| service.header.clone()),
         };
         self.outbound.recorders.get(self.snapshot.generation, key, || {
             self.outbound.proxy.metrics().http(&match last {
-                Some((endpoint, security)) => peers(self.source, endpoint, service, *security),
+                Some((endpoint, security)) => peers(self.source, endpoint, service, security),
                 None => Peers {
                     reporter: Reporter::Source,
                     source: Some(self.source),
@@ -139,14 +126,32 @@ impl Drop for Asked<'_> {
 
 /// How far a request got.
 #[derive(Default)]
-pub(super) struct Tried {
+pub(super) struct Tried<'a> {
     pub(super) addresses: Vec<SocketAddr>,
     pub(super) tries: u32,
-    pub(super) last: Option<(Endpoint, Security)>,
+    pub(super) last: Option<(&'a Endpoint, Security)>,
     /// Whose endpoints are tried.
-    pub(super) service: Option<Arc<Service>>,
+    pub(super) service: Option<&'a Service>,
     pub(super) in_flight: Option<InFlight>,
-    pub(super) route: Option<Arc<str>>,
+    pub(super) rule: Option<&'a RouteRule>,
     pub(super) deadline: Option<Instant>,
     pub(super) exhausted: bool,
+}
+
+impl Tried<'_> {
+    /// For the access log.
+    fn outcome(&self) -> Outcome {
+        let last = self.last;
+        let workload = last.and_then(|(endpoint, _)| endpoint.workload.as_deref());
+        let mutual = last.is_some_and(|(_, security)| security == Security::MutualTls);
+        Outcome {
+            upstream: last.map(|(endpoint, _)| endpoint.address),
+            destination: workload.map(|workload| workload.uid().into()),
+            identity: workload
+                .filter(|_| mutual)
+                .map(|workload| workload.identity.clone()),
+            route: self.rule.map(|rule| Arc::clone(&rule.name)),
+            attempts: self.tries,
+        }
+    }
 }

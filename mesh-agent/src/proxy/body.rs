@@ -149,7 +149,7 @@ pub(super) enum Held {
     #[default]
     Nothing,
     /// A connection to an application, given back at a clean end.
-    App(Lease),
+    App(Box<Lease>),
     /// A stream's place on a connection to an application.
     Place(#[expect(dead_code, reason = "held for its Drop")] Place),
     /// A stream's place on a pooled mTLS connection, and the sending of its request.
@@ -184,9 +184,9 @@ impl Body {
         })))
     }
 
-    pub(super) fn counted(mut self, exchange: Arc<Exchange>) -> Self {
+    /// Counts a request's bytes.
+    pub(super) fn count(&mut self, exchange: Arc<Exchange>) {
         self.watch = Watch::Request(exchange);
-        self
     }
 
     pub(super) fn measured(mut self, tail: Box<Tail>) -> Self {

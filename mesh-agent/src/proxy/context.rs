@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::SystemTime;
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, Guard};
 use tokio::sync::watch;
 
 use super::app_pool::AppPool;
@@ -67,6 +67,11 @@ impl Local {
     /// What its documents say at this moment.
     pub fn workload(&self) -> Arc<Workload> {
         self.workload.load_full()
+    }
+
+    /// The same for a look that ends before the next await: it touches no count that all lanes share.
+    pub(super) fn glance(&self) -> Guard<Arc<Workload>> {
+        self.workload.load()
     }
 
     pub fn update(&self, workload: Arc<Workload>) {

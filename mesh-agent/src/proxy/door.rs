@@ -3,6 +3,7 @@
 //! Invariants: only the workload's own addresses can be asked for; the other agent may tell its client's port, not
 //! another address; every request is measured, also one that is refused.
 
+use std::future::Future;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
@@ -19,9 +20,10 @@ use super::error::{Error, Kind};
 use super::inbound::{Caller, Pipeline, admit, connect_app};
 use super::inbound_http::Measured;
 use super::mesh_stream::{Duplex, Receiving};
+use super::message::Message;
 use super::stream::Stream;
 use super::{Proxy, headers, inbound_http, mesh_serve, reply};
-use crate::model::{Protocol, ServiceKey};
+use crate::model::Protocol;
 
 /// One mTLS connection from another agent.
 pub(super) struct Door {
@@ -36,47 +38,46 @@ impl Door {
         Arc::new(Self { proxy, local, caller })
     }
 
-    pub(super) async fn handle(self: Arc<Self>, request: Request<RecvStream>, respond: SendResponse<Bytes>) {
-        if request.method() == Method::CONNECT {
-            // Boxed, as all that is rare: the task of each request would else hold its room.
-            return Box::pin(self.byte_stream(request, respond)).await;
-        }
-        let (parts, stream) = request.into_parts();
-        let body = match stream.is_end_stream() {
-            true => Body::default(),
-            false => Body::receiving(Receiving::new(&parts.headers, stream)),
+    pub(super) fn handle(
+        self: Arc<Self>,
+        request: Request<RecvStream>,
+        respond: SendResponse<Bytes>,
+    ) -> impl Future<Output = ()> + Send {
+        let asked = if request.method() == Method::CONNECT {
+            Asked::Stream(Box::new(request))
+        } else {
+            Asked::Request(received(request))
         };
-        let answering = pin!(self.request(Request::from_parts(parts, body)));
-        mesh_serve::answer(respond, answering).await;
+        async move {
+            match asked {
+                Asked::Request(message) => {
+                    mesh_serve::answer(respond, async || self.request(message).await).await;
+                }
+                // Boxed, as all that is rare: the task of each request would else hold its room.
+                Asked::Stream(request) => Box::pin(self.byte_stream(request, respond)).await,
+            }
+        }
     }
 
     /// A native request.
-    async fn request(&self, request: Request<Body>) -> Response<Body> {
-        let (mut parts, body) = request.into_parts();
+    async fn request(&self, mut message: Box<Message>) -> Response<Body> {
+        let parts = &mut message.parts;
         let caller = self.caller(&parts.headers);
-        let http2 = parts
-            .headers
-            .get(headers::VERSION)
-            .is_some_and(|version| version == "2");
-        let to = address(&parts.headers, &headers::DESTINATION).and_then(|to| self.own(to));
+        let to = self.destination(&parts.headers);
         headers::strip_ours(&mut parts.headers);
-        let fit = to.and_then(|to| inbound_http::canonical(&mut parts).map(|()| to));
-        match fit {
-            Ok(to) => {
-                let request = Request::from_parts(parts, body);
-                inbound_http::deliver(&self.proxy, &self.local, &caller, to, (request, http2)).await
-            }
+        match to.and_then(|to| inbound_http::canonical(parts).map(|()| to)) {
+            Ok(to) => inbound_http::deliver(&self.proxy, &self.local, &caller, to, message).await,
             Err(error) => {
                 let to = self.caller.life.connection().destination;
-                let audience = reply::Audience::of(&parts);
-                Measured::begin(&self.proxy, &self.local, &caller, to, &parts).end(to, Err(error), audience)
+                let audience = reply::Audience::of(parts);
+                Measured::begin(&self.proxy, &self.local, &caller, to, parts).end(to, Err(error), audience)
             }
         }
     }
 
     /// An HBONE stream. The answer waits for the application where its protocol is not HTTP, so that the other
     /// agent learns of a failure while it can still go elsewhere.
-    async fn byte_stream(&self, request: Request<RecvStream>, mut respond: SendResponse<Bytes>) {
+    async fn byte_stream(&self, request: Box<Request<RecvStream>>, mut respond: SendResponse<Bytes>) {
         let opened = {
             let opening = pin!(self.open(&request));
             mesh_serve::unless_reset(&mut respond, opening).await
@@ -85,7 +86,7 @@ impl Door {
             Some(Ok(opened)) => opened,
             Some(Err(error)) => {
                 let refusal = reply::error(&error, reply::Audience::Http);
-                return mesh_serve::answer(respond, pin!(std::future::ready(refusal))).await;
+                return mesh_serve::answer(respond, async || refusal).await;
             }
             None => return,
         };
@@ -133,27 +134,33 @@ impl Door {
     }
 
     fn caller(&self, headers: &HeaderMap) -> Caller {
-        // The other agent connects from its workload's own address, so it may tell the client's port but not
-        // another address. Agents of other projects tell neither.
-        let client = address(headers, &headers::CLIENT)
-            .ok()
-            .filter(|client| client.ip().to_canonical() == self.caller.client.ip().to_canonical())
-            .unwrap_or(self.caller.client);
-        let service = headers.get(headers::SERVICE).and_then(|key| key.to_str().ok());
-        let service = service.and_then(|key| key.split_once('/'));
+        // The other agent connects from its workload's own address, and knows the client's port there. Agents of
+        // other projects do not tell it.
+        let mut client = self.caller.client;
+        client.set_port(port(headers, &headers::CLIENT).unwrap_or(client.port()));
         Caller {
             client,
-            service: service.map(|(namespace, name)| ServiceKey {
-                namespace: namespace.into(),
-                name: name.into(),
-            }),
+            service: headers.get(headers::SERVICE).cloned(),
             ..self.caller.clone()
         }
     }
 
+    fn destination(&self, headers: &HeaderMap) -> Result<SocketAddr, Error> {
+        let port = port(headers, &headers::DESTINATION).ok_or_else(|| {
+            Error::new(
+                Kind::BadRequest,
+                format!("{} is missing or no port", headers::DESTINATION),
+            )
+        })?;
+        self.own(SocketAddr::new(
+            self.caller.life.connection().destination.ip(),
+            port,
+        ))
+    }
+
     /// Only the workload's own addresses may be asked for.
     fn own(&self, to: SocketAddr) -> Result<SocketAddr, Error> {
-        if self.local.workload().addresses.contains(&to.ip().to_canonical()) {
+        if self.local.glance().addresses.contains(&to.ip().to_canonical()) {
             Ok(to)
         } else {
             Err(Error::new(
@@ -164,9 +171,25 @@ impl Door {
     }
 }
 
-fn address(headers: &HeaderMap, name: &HeaderName) -> Result<SocketAddr, Error> {
-    let value = headers.get(name).and_then(|value| value.to_str().ok());
-    value
-        .and_then(|value| value.parse().ok())
-        .ok_or_else(|| Error::new(Kind::BadRequest, format!("{name} is missing or not ip:port")))
+/// What a stream was opened for.
+enum Asked {
+    Request(Box<Message>),
+    Stream(Box<Request<RecvStream>>),
+}
+
+fn received(request: Request<RecvStream>) -> Box<Message> {
+    let (parts, stream) = request.into_parts();
+    let http2 = parts
+        .headers
+        .get(headers::VERSION)
+        .is_some_and(|version| version == "2");
+    let body = match stream.is_end_stream() {
+        true => Body::default(),
+        false => Body::receiving(Receiving::new(&parts.headers, stream)),
+    };
+    Message::new(parts, body, http2)
+}
+
+fn port(headers: &HeaderMap, name: &HeaderName) -> Option<u16> {
+    headers.get(name)?.to_str().ok()?.parse().ok()
 }

@@ -12,19 +12,20 @@ use http::{Method, Version, request};
 
 use super::error::{Error, Kind};
 
-/// Where a request between agents goes: `ip:port` of a workload behind the receiving agent.
+/// Where a request between agents goes: the port, on the address that the connection between them goes to.
 pub(super) const DESTINATION: HeaderName = HeaderName::from_static("mesh-agent-destination");
-/// The client's own address, as the receiving application will see it.
+/// The client's port, on the address that the connection comes from: the application will see it as its peer's.
 pub(super) const CLIENT: HeaderName = HeaderName::from_static("mesh-agent-client");
-/// The HTTP version that the client spoke, and the application will be spoken to in.
+/// The HTTP version that the application is to be spoken to in, where that is not 1.1.
 pub(super) const VERSION: HeaderName = HeaderName::from_static("mesh-agent-version");
 
 /// The service that the client dialled, `namespace/name`; several may have the destination as an endpoint.
 pub(super) const SERVICE: HeaderName = HeaderName::from_static("mesh-agent-service");
 
-const OURS: [HeaderName; 4] = [DESTINATION, CLIENT, VERSION, SERVICE];
+/// What begins so is an agent's word.
+const OURS: &str = "mesh-agent-";
 const XFCC: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 
 /// Fields that `Connection` may name although they are end-to-end: naming them must not strip them (a client
@@ -42,17 +43,16 @@ const NEVER_HOP_BY_HOP: [HeaderName; 6] = [
 /// (HTTP/1.0) did not.
 pub(super) fn from_application(parts: &mut request::Parts, fallback: SocketAddr) -> Result<(), Error> {
     let trailers = wants_trailers(&parts.headers);
-    strip_hop_by_hop(&mut parts.headers);
+    strip_named(&mut parts.headers);
+    // hyper answers `100-continue` itself when the body is first read, as Envoy does.
+    let ends = |name: &str| ends_here(name) || name.starts_with(OURS) || name == XFCC || name == "expect";
+    strip(&mut parts.headers, ends);
     if trailers {
         // Said anew for the next hop, which passes trailers on as we do.
         parts
             .headers
             .insert(header::TE, HeaderValue::from_static("trailers"));
     }
-    strip_ours(&mut parts.headers);
-    parts.headers.remove(XFCC);
-    // hyper answers `100-continue` itself when the body is first read, as Envoy does.
-    parts.headers.remove(header::EXPECT);
     absolute(parts, fallback)?;
     if !parts.headers.contains_key(REQUEST_ID) {
         parts.headers.insert(REQUEST_ID, request_id());
@@ -73,32 +73,47 @@ pub(super) fn set_client_certificate(headers: &mut HeaderMap, xfcc: Option<&Head
     };
 }
 
+/// What another agent said is for this one alone.
 pub(super) fn strip_ours(headers: &mut HeaderMap) {
-    for name in OURS {
+    strip(headers, |name| name.starts_with(OURS));
+}
+
+/// Makes an application's response fit to be passed on.
+pub(super) fn from_server(headers: &mut HeaderMap) {
+    strip_named(headers);
+    strip(headers, |name| ends_here(name) || name.starts_with(OURS));
+}
+
+/// Hop-by-hop whether `Connection` names it or not.
+fn ends_here(name: &str) -> bool {
+    matches!(
+        name,
+        "keep-alive" | "proxy-connection" | "http2-settings" | "transfer-encoding" | "upgrade" | "te"
+    )
+}
+
+/// Removes `Connection`, and what it names.
+fn strip_named(headers: &mut HeaderMap) {
+    let lines = headers.get_all(header::CONNECTION).iter();
+    let names = lines.flat_map(|line| line.to_str().unwrap_or_default().split(','));
+    let named: Vec<HeaderName> = names
+        .map(str::trim)
+        .filter(|name| !name.eq_ignore_ascii_case("keep-alive"))
+        .filter_map(|name| HeaderName::try_from(name).ok())
+        .filter(|name| !NEVER_HOP_BY_HOP.contains(name))
+        .collect();
+    headers.remove(header::CONNECTION);
+    for name in named {
         headers.remove(name);
     }
 }
 
-/// Also for responses and their way back.
-pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
-    if let Some(named) = headers.remove(header::CONNECTION)
-        && let Ok(named) = named.to_str()
-    {
-        for name in named.split(',') {
-            if let Ok(name) = HeaderName::try_from(name.trim())
-                && !NEVER_HOP_BY_HOP.contains(&name)
-            {
-                headers.remove(name);
-            }
-        }
-        headers.remove(header::CONNECTION);
+/// Removes the fields of these names. One look at each field is cheaper than a search for each name, and few
+/// messages hold more than one.
+fn strip(headers: &mut HeaderMap, is: impl Fn(&str) -> bool) {
+    while let Some(name) = headers.keys().find(|name| is(name.as_str())).cloned() {
+        headers.remove(name);
     }
-    headers.remove("keep-alive");
-    headers.remove("proxy-connection");
-    headers.remove("http2-settings");
-    headers.remove(header::TRANSFER_ENCODING);
-    headers.remove(header::UPGRADE);
-    headers.remove(header::TE);
 }
 
 /// `TE: trailers`, whatever else it lists (RFC 9110, section 10.1.4).

@@ -43,8 +43,8 @@ pub(super) struct Caller {
     /// `x-forwarded-client-cert` for the application.
     pub(super) xfcc: Option<HeaderValue>,
     pub(super) recorders: Arc<Recorders>,
-    /// The service that it says it dialled.
-    pub(super) service: Option<ServiceKey>,
+    /// The service that it says it dialled, as [`ServiceKey::to_header`] tells it.
+    pub(super) service: Option<HeaderValue>,
     /// The connection it asks over.
     pub(super) life: Arc<Life>,
 }
@@ -76,7 +76,7 @@ pub(super) async fn serve(proxy: Arc<Proxy>, accepted: Accepted) {
 
 /// Whether the workload's policy lets `caller` in at `port`.
 pub(super) fn admit(proxy: &Proxy, dest: &Local, caller: &Caller, port: u16) -> Result<(), Error> {
-    match authz::check(&dest.workload().mtls, port, caller.identity.as_ref()) {
+    match authz::check(&dest.glance().mtls, port, caller.identity.as_ref()) {
         Verdict::Allow => Ok(()),
         Verdict::Deny(reason) => {
             proxy.metrics().agent().plaintext_refused.inc();
@@ -138,7 +138,8 @@ pub(super) fn with_peers<R>(
 /// The service whose endpoint `to` is for `caller`: what it says it dialled, where that is so, else the first.
 fn service<'a>(snapshot: &'a Snapshot, caller: &Caller, to: SocketAddr) -> Option<&'a Arc<Service>> {
     let get = |key: &ServiceKey| snapshot.services.get(key);
-    let dialled = caller.service.as_ref().and_then(get);
+    let dialled = caller.service.as_ref().and_then(ServiceKey::from_header);
+    let dialled = dialled.as_ref().and_then(get);
     dialled
         .filter(|service| service.has_endpoint(to))
         .or_else(|| snapshot.target_services.get(&to).and_then(get))

@@ -14,6 +14,7 @@ use super::body::Body;
 use super::context::Local;
 use super::error::Error;
 use super::inbound::{self, Caller};
+use super::message::Message;
 use super::record::{Exchange, LogLine, Outcome, Tail};
 use super::recorders::Exchanging;
 use super::{Proxy, headers, reply, upgrade, upstream};
@@ -43,8 +44,8 @@ pub(super) async fn accept(
             Box::pin(upgrade::inbound(proxy, dest, caller, to, switching, None)).await
         }
         None => {
-            let request = Request::from_parts(parts, Body::incoming(body));
-            deliver(proxy, dest, caller, to, (request, http2)).await
+            let message = Message::new(parts, Body::incoming(body), http2);
+            deliver(proxy, dest, caller, to, message).await
         }
     }
 }
@@ -71,30 +72,28 @@ pub(super) fn canonical(parts: &mut request::Parts) -> Result<(), Error> {
     }
 }
 
-/// Delivers a request to the application at `to`. `http2`: what the application is spoken to in. A failure is
-/// answered here, and announced to the agent that asked.
+/// Delivers a request to the application at `to`. A failure is answered here, and announced to the agent that asked.
 pub(super) async fn deliver(
     proxy: &Arc<Proxy>,
     dest: &Arc<Local>,
     caller: &Caller,
     to: SocketAddr,
-    (request, http2): (Request<Body>, bool),
+    mut message: Box<Message>,
 ) -> Response<Body> {
-    let (mut parts, body) = request.into_parts();
-    let audience = reply::Audience::of(&parts);
-    let measured = Measured::begin(proxy, dest, caller, to, &parts);
+    let audience = reply::Audience::of(&message.parts);
+    let measured = Measured::begin(proxy, dest, caller, to, &message.parts);
     let sent = match inbound::admit(proxy, dest, caller, to.port()) {
         Err(error) => Err(error),
         Ok(()) => {
-            headers::set_client_certificate(&mut parts.headers, caller.xfcc.as_ref());
+            headers::set_client_certificate(&mut message.parts.headers, caller.xfcc.as_ref());
+            message.body.count(measured.exchange());
             let key = AppKey {
                 present: Some(caller.client.ip()),
                 to,
                 tunnel: None,
             };
-            let request = Request::from_parts(parts, body.counted(measured.exchange()));
             let connect = async || inbound::connect_app(dest, to, caller.client).await;
-            upstream::send_app(dest.apps.here(), key, (request, http2), connect).await
+            upstream::send_app(dest.apps.here(), key, message, connect).await
         }
     };
     measured.end(to, sent, audience)
@@ -111,17 +110,13 @@ impl Measured {
         to: SocketAddr,
         parts: &request::Parts,
     ) -> Self {
-        let snapshot = proxy.store.load();
+        let snapshot = proxy.store.glance();
         let key = Exchanging {
             inbound: true,
             one: SocketAddr::new(caller.client.ip(), 0),
             other: Some(to),
-            // Whether it has that endpoint is looked at only when the handle is made.
-            service: caller
-                .service
-                .as_ref()
-                .and_then(|key| snapshot.services.get(key))
-                .map(|service| Arc::as_ptr(service).addr()),
+            // Whether there is one of that name, with that endpoint, is looked at only when the handle is made.
+            service: caller.service.clone(),
         };
         let recorder = caller.recorders.get(snapshot.generation, key, || {
             inbound::with_peers(&snapshot, dest, caller, to, |peers| proxy.metrics().http(peers))
@@ -134,15 +129,17 @@ impl Measured {
             log_line(parts, caller.client, source, caller.identity.clone())
         });
         let identity = caller.identity.as_ref();
-        let outcome = Outcome {
-            upstream: None,
-            destination: Some(Arc::clone(&dest.uid)),
-            identity: identity.map(|_| dest.workload().identity.clone()),
-            route: None,
-            attempts: 1,
-        };
-        let log = proxy.access_log.clone();
-        Self(Tail::new(Exchange::begin(line), recorder, log, "inbound").to(outcome))
+        let log = line.is_some().then(|| {
+            let outcome = Outcome {
+                upstream: None,
+                destination: Some(Arc::clone(&dest.uid)),
+                identity: identity.map(|_| dest.workload().identity.clone()),
+                route: None,
+                attempts: 1,
+            };
+            (proxy.access_log.clone(), outcome)
+        });
+        Self(Tail::new(Exchange::begin(line), recorder, log, "inbound"))
     }
 
     pub(super) fn exchange(&self) -> Arc<Exchange> {

@@ -4,7 +4,6 @@
 //! never by hash; the certificate presented must be the identity in the key; streams are counted when they are
 //! opened; nothing here ever falls back to clear text.
 
-use std::collections::HashMap;
 use std::future::{Future as _, poll_fn};
 use std::net::{IpAddr, SocketAddr};
 use std::pin::pin;
@@ -16,6 +15,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use h2::client::{self, SendRequest};
 use h2::{Reason, SendStream};
+use hashbrown::{Equivalent, HashMap};
 use http::{Request, Response};
 use http_body::Body as _;
 use tokio::task::JoinHandle;
@@ -27,6 +27,7 @@ use super::context::Local;
 use super::error::{Error, Kind};
 use super::failure;
 use super::mesh_stream::{self, CONNECTION_WINDOW, Duplex, FRAME_BUDGET, Receiving, STREAM_WINDOW};
+use super::message::Message;
 use super::serve::MAX_HEAD;
 use super::{CONNECT_TIMEOUT, HBONE_PORT, TlsParts};
 use crate::model::Identity;
@@ -51,6 +52,36 @@ pub(super) struct PeerKey {
     pub(super) source_identity: Identity,
     pub(super) peer_identity: Identity,
     pub(super) address: IpAddr,
+}
+
+/// A [`PeerKey`] to look for: a request goes by without cloning what it names.
+#[derive(Clone, Copy, Debug, Hash)]
+pub(super) struct PeerRef<'a> {
+    // The order of fields is that of `PeerKey`: both must hash alike.
+    pub(super) source: u64,
+    pub(super) source_identity: &'a Identity,
+    pub(super) peer_identity: &'a Identity,
+    pub(super) address: IpAddr,
+}
+
+impl Equivalent<PeerKey> for PeerRef<'_> {
+    fn equivalent(&self, key: &PeerKey) -> bool {
+        self.source == key.source
+            && self.source_identity == &key.source_identity
+            && self.peer_identity == &key.peer_identity
+            && self.address == key.address
+    }
+}
+
+impl PeerRef<'_> {
+    fn key(&self) -> PeerKey {
+        PeerKey {
+            source: self.source,
+            source_identity: self.source_identity.clone(),
+            peer_identity: self.peer_identity.clone(),
+            address: self.address,
+        }
+    }
 }
 
 pub(super) struct MeshPool {
@@ -104,14 +135,14 @@ impl StreamLease {
     /// Sends a request; gives it back when it was certainly not sent.
     pub(super) async fn send(
         self,
-        request: Request<Body>,
-    ) -> Result<Response<Body>, (Error, Option<Request<Body>>)> {
+        message: Box<Message>,
+    ) -> Result<Response<Body>, (Error, Option<Box<Message>>)> {
         let mut sender = match self.ready().await {
             Ok(sender) => sender,
-            Err(error) => return Err((error, Some(request))),
+            Err(error) => return Err((error, Some(message))),
         };
-        let (head, body) = request.into_parts();
-        let head = Request::from_parts(head, ());
+        let Message { parts, body, .. } = *message;
+        let head = Request::from_parts(parts, ());
         let ended = body.is_end_stream();
         let sent = sender.send_request(head, ended);
         let (response, stream) = sent.map_err(|error| (failure::of_h2(error), None))?;
@@ -183,12 +214,12 @@ impl MeshPool {
     }
 
     /// A stream to the agent beside `key.address`, over a connection that is there or a new one.
-    pub(super) async fn stream(&self, key: &PeerKey, local: &Arc<Local>) -> Result<StreamLease, Error> {
+    pub(super) async fn stream(&self, key: &PeerRef<'_>, local: &Arc<Local>) -> Result<StreamLease, Error> {
         let peer = {
             let mut peers = lock(&self.peers);
             match peers.get(key) {
                 Some(peer) => Arc::clone(peer),
-                None => Arc::clone(peers.entry(key.clone()).or_default()),
+                None => Arc::clone(peers.entry(key.key()).or_default()),
             }
         };
         if let Some(lease) = peer.lease(STREAMS_PER_CONNECTION) {
@@ -197,7 +228,7 @@ impl MeshPool {
         let connector = Connector {
             tls: self.tls.clone(),
             peer,
-            key: key.clone(),
+            key: key.key(),
             local: Arc::clone(local),
         };
         // Boxed, as all that is rare: the future of each request would else hold the room for it.
@@ -476,10 +507,11 @@ mod tests {
         });
         let local = local(&metrics);
         let pool = MeshPool::new(TlsParts { identities, metrics });
-        let key = PeerKey {
+        let (client, server) = (CLIENT.parse().unwrap(), SERVER.parse().unwrap());
+        let key = PeerRef {
             source: local.enrolment,
-            source_identity: CLIENT.parse().unwrap(),
-            peer_identity: SERVER.parse().unwrap(),
+            source_identity: &client,
+            peer_identity: &server,
             address,
         };
         tokio::select! {

@@ -47,6 +47,7 @@ pub(super) async fn serve<I, F>(
         PING_EVERY,
         PING_ANSWER
     ));
+    let mut drained = pin!(drain.draining());
     let mut draining = false;
     loop {
         tokio::select! {
@@ -61,7 +62,7 @@ pub(super) async fn serve<I, F>(
                 }
                 None => return,
             },
-            () = drain.draining(), if !draining => {
+            () = &mut drained, if !draining => {
                 draining = true;
                 connection.graceful_shutdown();
             }
@@ -76,13 +77,18 @@ pub(super) async fn serve<I, F>(
 /// Sends the response that `answering` makes, unless the peer gives the stream up before it does.
 pub(super) async fn answer(
     mut respond: SendResponse<Bytes>,
-    answering: Pin<&mut impl Future<Output = Response<Body>>>,
+    answering: impl AsyncFnOnce() -> Response<Body>,
 ) {
-    let answered = unless_reset(&mut respond, answering).await;
-    let Some(response) = answered else { return };
-    let (parts, body) = response.into_parts();
+    let (answer, body) = {
+        let answering = pin!(answering());
+        let Some(response) = unless_reset(&mut respond, answering).await else {
+            return;
+        };
+        let (parts, body) = response.into_parts();
+        (Response::from_parts(parts, ()), body)
+    };
     let ended = body.is_end_stream();
-    match respond.send_response(Response::from_parts(parts, ()), ended) {
+    match respond.send_response(answer, ended) {
         Ok(stream) if !ended => mesh_stream::send(body, stream, Reason::INTERNAL_ERROR).await,
         Ok(_) => {}
         Err(error) => tracing::debug!(%error, "cannot answer an agent"),

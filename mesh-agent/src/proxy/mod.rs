@@ -25,6 +25,7 @@ mod listener;
 mod mesh_pool;
 mod mesh_serve;
 mod mesh_stream;
+mod message;
 mod outbound;
 mod outbound_http;
 mod record;
@@ -39,6 +40,7 @@ mod upgrade;
 mod upstream;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::net::TcpListener;
@@ -91,7 +93,7 @@ pub struct Proxy {
     /// Each lane has its own: a request never waits for another core.
     mesh: PerLane<mesh_pool::MeshPool>,
     retries: Budget,
-    turns: std::sync::atomic::AtomicU64,
+    turns: PerLane<AtomicU64>,
     started: tokio::time::Instant,
 }
 
@@ -104,13 +106,13 @@ impl Proxy {
         Arc::new(Self {
             store: inputs.store,
             mesh: inputs.lanes.each(|| mesh_pool::MeshPool::new(tls.clone())),
-            lanes: inputs.lanes,
             tls,
             access_log: inputs.access_log,
             locals: Locals::default(),
             connections: Connections::default(),
             retries: Budget::new(Duration::ZERO),
-            turns: std::sync::atomic::AtomicU64::new(0),
+            turns: inputs.lanes.each(AtomicU64::default),
+            lanes: inputs.lanes,
             started: tokio::time::Instant::now(),
         })
     }
@@ -174,9 +176,9 @@ impl Proxy {
         &self.tls.metrics
     }
 
-    /// A number that goes up with each call, for taking turns.
+    /// A number that goes up with each call on a lane, for taking turns.
     fn turn(&self) -> u64 {
-        self.turns.fetch_add(1, std::sync::atomic::Ordering::Relaxed)
+        self.turns.here().fetch_add(1, Ordering::Relaxed)
     }
 
     /// Leaves an endpoint alone for a moment: it could not be reached.

@@ -3,6 +3,7 @@
 //! Invariants: a destination that is nobody's we know passes through unchanged; a protocol whose server speaks
 //! first never waits for detection; an application learns of a failure upstream by a reset, as without a proxy.
 
+use std::borrow::Cow;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -106,12 +107,12 @@ struct Opened {
     watched: bool,
 }
 
-/// What a target is at this moment.
-pub(super) struct Candidates {
-    pub(super) service: Option<Arc<Service>>,
+/// What a target is at this moment. Borrowed: the counts of what all lanes share are not touched for each request.
+pub(super) struct Candidates<'a> {
+    pub(super) service: Option<&'a Service>,
     pub(super) protocol: Protocol,
     pub(super) balancing: LoadBalancing,
-    pub(super) endpoints: Arc<[Endpoint]>,
+    pub(super) endpoints: Cow<'a, [Endpoint]>,
 }
 
 impl Outbound {
@@ -155,9 +156,9 @@ impl Outbound {
     }
 
     /// The target's endpoints in this snapshot.
-    pub(super) fn candidates(&self, snapshot: &Snapshot) -> Candidates {
+    pub(super) fn candidates<'a>(&self, snapshot: &'a Snapshot) -> Candidates<'a> {
         match &self.target {
-            Target::Service(key, port) => self.of_service(snapshot, key, *port),
+            Target::Service(key, port) => Self::of_service(snapshot, key, *port),
             Target::Workload(workload) => {
                 let current = snapshot
                     .workloads_by_address
@@ -165,36 +166,38 @@ impl Outbound {
                 let workload = Arc::clone(current.unwrap_or(workload));
                 let service = snapshot.target_services.get(&self.original);
                 Candidates {
-                    service: service.and_then(|key| snapshot.services.get(key)).cloned(),
+                    service: service
+                        .and_then(|key| snapshot.services.get(key))
+                        .map(|service| &**service),
                     protocol: snapshot.target_protocol(self.original),
                     balancing: LoadBalancing::RoundRobin,
-                    endpoints: [self.endpoint(Some(workload))].into(),
+                    endpoints: vec![self.endpoint(Some(workload))].into(),
                 }
             }
             Target::Unknown => Candidates {
                 service: None,
                 protocol: Protocol::Tcp,
                 balancing: LoadBalancing::RoundRobin,
-                endpoints: [self.endpoint(None)].into(),
+                endpoints: vec![self.endpoint(None)].into(),
             },
         }
     }
 
     /// A service's port and its endpoints; none when it is gone.
-    pub(super) fn of_service(&self, snapshot: &Snapshot, key: &ServiceKey, port: u16) -> Candidates {
-        let service = snapshot.services.get(key);
+    pub(super) fn of_service<'a>(snapshot: &'a Snapshot, key: &ServiceKey, port: u16) -> Candidates<'a> {
+        let service = snapshot.services.get(key).map(|service| &**service);
         match service.and_then(|service| service.port(port)) {
             Some(found) => Candidates {
-                service: service.cloned(),
+                service,
                 protocol: found.protocol,
                 balancing: found.balancing,
-                endpoints: Arc::clone(&found.endpoints),
+                endpoints: Cow::Borrowed(&found.endpoints),
             },
             None => Candidates {
-                service: service.cloned(),
+                service,
                 protocol: Protocol::Tcp,
                 balancing: LoadBalancing::RoundRobin,
-                endpoints: [].into(),
+                endpoints: Cow::default(),
             },
         }
     }
@@ -252,7 +255,7 @@ impl Outbound {
         let snapshot = self.proxy.store.load();
         let candidates = self.candidates(&snapshot);
         let source = self.local.workload();
-        let service = candidates.service.as_deref();
+        let service = candidates.service;
         let mut tried = Vec::new();
         let mut last = Error::from(Kind::NoEndpoint);
         while tried.len() < MAX_TRIES
@@ -290,7 +293,7 @@ impl Outbound {
         Err(last)
     }
 
-    pub(super) fn pick<'a>(&self, from: &'a Candidates, tried: &[SocketAddr]) -> Option<&'a Endpoint> {
+    pub(super) fn pick<'a>(&self, from: &'a Candidates<'_>, tried: &[SocketAddr]) -> Option<&'a Endpoint> {
         let turn = match from.balancing {
             LoadBalancing::RoundRobin => self.proxy.turn(),
             LoadBalancing::LeastRequest => 0,
@@ -325,7 +328,7 @@ impl Outbound {
     fn tcp_recorders(
         &self,
         snapshot: &Snapshot,
-        way: &Way,
+        way: &Way<'_>,
         endpoint: &Endpoint,
         service: Option<&Service>,
     ) -> Vec<TcpRecorder> {

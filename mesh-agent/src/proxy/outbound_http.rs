@@ -4,8 +4,9 @@
 //! also when its client goes away before there is an answer; a body is sent again only from the replay buffer, and
 //! only while all of it is there.
 
+use std::future::Future;
 use std::pin::pin;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use http::{Request, Response, request};
@@ -15,6 +16,7 @@ use hyper::body::Incoming;
 use super::asked::{Asked, Tried};
 use super::body::Body;
 use super::error::{Error, Kind};
+use super::message::Message;
 use super::outbound::{Candidates, Outbound, Target};
 use super::record::Exchange;
 use super::replay::Replayable;
@@ -24,8 +26,16 @@ use crate::model::{Backend, Endpoint, HeaderEdits, RetryPolicy, RouteRule, Snaps
 use crate::retry::{self, Decision, Failure};
 use crate::route;
 
-pub(super) async fn handle(outbound: Arc<Outbound>, request: Request<Incoming>) -> Response<Body> {
-    let (mut parts, body) = request.into_parts();
+pub(super) fn handle(
+    outbound: Arc<Outbound>,
+    request: Request<Incoming>,
+) -> impl Future<Output = Response<Body>> + Send {
+    let (parts, body) = request.into_parts();
+    // Boxed for the same reason as a `Message`.
+    answer(outbound, Box::new(parts), body)
+}
+
+async fn answer(outbound: Arc<Outbound>, mut parts: Box<request::Parts>, body: Incoming) -> Response<Body> {
     let audience = reply::Audience::of(&parts);
     let line = outbound.proxy.access_log.enabled().then(|| {
         let source = outbound.local.workload();
@@ -39,6 +49,7 @@ pub(super) async fn handle(outbound: Arc<Outbound>, request: Request<Incoming>) 
     outbound.proxy.retries.deposit();
     let snapshot = outbound.proxy.store.load();
     let source = outbound.local.workload();
+    let planned = OnceLock::new();
     let mut asked = Asked::begin(&outbound, (&snapshot, &source), Exchange::begin(line));
     let (exchange, tried) = (&asked.exchange, &mut asked.tried);
     let sent = async {
@@ -48,19 +59,20 @@ pub(super) async fn handle(outbound: Arc<Outbound>, request: Request<Incoming>) 
         if parts.method == http::Method::CONNECT {
             return Err(Error::new(Kind::BadRequest, "CONNECT is not for a service"));
         }
-        let mut plan = Plan::make(&outbound, &snapshot, &source, &mut parts)?;
-        tried.service = plan.candidates.service.take();
-        tried.route = plan.rule.map(|rule| Arc::clone(&rule.name));
+        let plan = Plan::make(&outbound, &snapshot, &source, &mut parts)?;
+        let plan = planned.get_or_init(|| plan);
+        tried.service = plan.candidates.service;
+        tried.rule = plan.rule;
         tried.deadline = plan.timeouts.request.map(|limit| exchange.started + limit);
         let attempts = Attempts {
             outbound: &outbound,
             source: &source,
-            plan: &plan,
+            plan,
         };
         let deadline = tried.deadline;
         let answering = pin!(async {
             match switch {
-                Some(protocol) => Box::pin(attempts.switch((parts, body, protocol), tried)).await,
+                Some(protocol) => Box::pin(attempts.switch((*parts, body, protocol), tried)).await,
                 None => attempts.run(parts, body, exchange, tried).await,
             }
         });
@@ -83,7 +95,7 @@ pub(super) async fn handle(outbound: Arc<Outbound>, request: Request<Incoming>) 
 struct Plan<'a> {
     rule: Option<&'a RouteRule>,
     backend: Option<&'a Backend>,
-    candidates: Candidates,
+    candidates: Candidates<'a>,
     timeouts: Timeouts,
     retry: RetryPolicy,
 }
@@ -115,7 +127,7 @@ impl<'a> Plan<'a> {
         let rule = route::select(rules, parts).ok_or(Kind::NoRoute)?;
         let backend = route::pick_backend(&rule.backends, fastrand::u64(..)).ok_or(Kind::NoBackend)?;
         let (key, port) = backend.service.as_ref().ok_or(Kind::NoBackend)?;
-        let candidates = outbound.of_service(snapshot, key, *port);
+        let candidates = Outbound::of_service(snapshot, key, *port);
         route::apply(&rule.edits.0, &mut parts.headers);
         route::apply(&backend.edits.0, &mut parts.headers);
         Ok(Self {
@@ -149,24 +161,25 @@ struct Attempts<'a> {
     plan: &'a Plan<'a>,
 }
 
-impl Attempts<'_> {
+impl<'a> Attempts<'a> {
     async fn run(
         &self,
-        parts: request::Parts,
+        parts: Box<request::Parts>,
         body: Incoming,
         exchange: &Arc<Exchange>,
-        tried: &mut Tried,
+        tried: &mut Tried<'a>,
     ) -> Result<Response<Body>, Error> {
         let http2 = self.plan.http2(&parts);
         let replay = (!body.is_end_stream()).then(|| Replayable::new(body));
         let method = parts.method.clone();
         loop {
-            let body = match &replay {
-                Some(replay) => Body::replay(replay.start()).counted(Arc::clone(exchange)),
-                None => Body::default(),
-            };
-            let request = Request::from_parts(parts.clone(), body);
-            let result = self.one(request, http2, tried).await;
+            let mut body = Body::default();
+            if let Some(replay) = &replay {
+                body = Body::replay(replay.start());
+                body.count(Arc::clone(exchange));
+            }
+            let message = Message::new((*parts).clone(), body, http2);
+            let result = self.one(message, tried).await;
             let failure = match &result {
                 Ok(response) => Failure::Status(response.status().as_u16()),
                 Err(error) => failure(error.kind),
@@ -193,7 +206,7 @@ impl Attempts<'_> {
     }
 
     /// Before another try.
-    async fn pause(&self, tried: &mut Tried) {
+    async fn pause(&self, tried: &mut Tried<'_>) {
         tried.in_flight = None;
         self.outbound.proxy.metrics().agent().retries.inc();
         let wait = retry::backoff(self.plan.retry.backoff, tried.tries, fastrand::u64(..));
@@ -204,15 +217,10 @@ impl Attempts<'_> {
     }
 
     /// One try.
-    async fn one(
-        &self,
-        request: Request<Body>,
-        http2: bool,
-        tried: &mut Tried,
-    ) -> Result<Response<Body>, Error> {
+    async fn one(&self, message: Box<Message>, tried: &mut Tried<'a>) -> Result<Response<Body>, Error> {
         let (endpoint, way) = self.next(tried)?;
-        let from = self.outbound.from(self.source, tried.service.as_deref());
-        let sending = pin!(from.send(&way, endpoint.address, request, http2));
+        let from = self.outbound.from(self.source, tried.service);
+        let sending = pin!(from.send(&way, endpoint.address, message));
         match self.plan.timeouts.per_try {
             None => sending.await,
             Some(limit) => tokio::time::timeout(limit, sending)
@@ -225,10 +233,9 @@ impl Attempts<'_> {
     async fn switch(
         &self,
         switching: upgrade::Switching,
-        tried: &mut Tried,
+        tried: &mut Tried<'a>,
     ) -> Result<Response<Body>, Error> {
-        let service = tried.service.clone();
-        let from = self.outbound.from(self.source, service.as_deref());
+        let from = self.outbound.from(self.source, tried.service);
         loop {
             let (endpoint, way) = self.next(tried)?;
             let error = match from.stream(&way, endpoint.address).await {
@@ -244,7 +251,7 @@ impl Attempts<'_> {
                 Err(error) => error,
             };
             if matches!(error.kind, Kind::Connect | Kind::PeerIdentity) {
-                self.outbound.proxy.rest(&endpoint);
+                self.outbound.proxy.rest(endpoint);
             }
             let failure = failure(error.kind);
             let decision = retry::decide(failure, &switching.0.method, tried.tries, true, &self.plan.retry);
@@ -256,7 +263,7 @@ impl Attempts<'_> {
         }
     }
 
-    fn next(&self, tried: &mut Tried) -> Result<(Endpoint, Way), Error> {
+    fn next(&self, tried: &mut Tried<'a>) -> Result<(&'a Endpoint, Way<'a>), Error> {
         tried.tries += 1;
         let endpoint = self
             .outbound
@@ -265,8 +272,8 @@ impl Attempts<'_> {
         let way = Way::to(&self.outbound.proxy, &self.outbound.local, self.source, endpoint);
         tried.addresses.push(endpoint.address);
         tried.in_flight = Some(endpoint.load.enter());
-        tried.last = Some((endpoint.clone(), way.security()));
-        Ok((endpoint.clone(), way))
+        tried.last = Some((endpoint, way.security()));
+        Ok((endpoint, way))
     }
 }
 

@@ -52,7 +52,7 @@ pub(super) struct LogLine {
 }
 
 /// Where it went, for the access log.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Outcome {
     pub(super) upstream: Option<SocketAddr>,
     pub(super) destination: Option<Arc<str>>,
@@ -65,14 +65,13 @@ pub(super) struct Outcome {
 pub(super) struct Tail {
     exchange: Arc<Exchange>,
     recorder: Arc<HttpRecorder>,
-    log: AccessLog,
+    log: Option<(AccessLog, Outcome)>,
     direction: &'static str,
     /// 0 until there is a response.
     status: u16,
     flag: Flag,
     grpc_status: Option<u16>,
     bytes: u64,
-    outcome: Outcome,
     in_flight: Option<InFlight>,
     recorded: bool,
 }
@@ -90,7 +89,7 @@ impl Tail {
     pub(super) fn new(
         exchange: Arc<Exchange>,
         recorder: Arc<HttpRecorder>,
-        log: AccessLog,
+        log: Option<(AccessLog, Outcome)>,
         direction: &'static str,
     ) -> Box<Self> {
         Box::new(Self {
@@ -102,7 +101,6 @@ impl Tail {
             flag: Flag::DownstreamReset,
             grpc_status: None,
             bytes: 0,
-            outcome: Outcome::default(),
             in_flight: None,
             recorded: false,
         })
@@ -124,13 +122,10 @@ impl Tail {
         &self.exchange
     }
 
-    pub(super) fn to(mut self: Box<Self>, outcome: Outcome) -> Box<Self> {
-        self.outcome = outcome;
-        self
-    }
-
     pub(super) fn answered_by(&mut self, upstream: SocketAddr) {
-        self.outcome.upstream = Some(upstream);
+        if let Some((_, outcome)) = &mut self.log {
+            outcome.upstream = Some(upstream);
+        }
     }
 
     /// So many bytes of a response that is not watched.
@@ -183,14 +178,20 @@ impl Tail {
             response_bytes: self.bytes,
         };
         self.recorder.record(&outcome);
-        if let Some(line) = &self.exchange.line {
-            self.write(line, &outcome, duration);
+        if let (Some(line), Some((log, to))) = (&self.exchange.line, &self.log) {
+            self.write(log, line, to, &outcome, duration);
         }
     }
 
-    fn write(&self, line: &LogLine, outcome: &HttpOutcome, duration: Duration) {
-        let outcome_to = &self.outcome;
-        self.log.log(&AccessRecord {
+    fn write(
+        &self,
+        log: &AccessLog,
+        line: &LogLine,
+        to: &Outcome,
+        outcome: &HttpOutcome,
+        duration: Duration,
+    ) {
+        log.log(&AccessRecord {
             start: line.at,
             duration,
             direction: self.direction,
@@ -204,23 +205,20 @@ impl Tail {
             bytes_received: outcome.request_bytes,
             bytes_sent: outcome.response_bytes,
             downstream: Some(line.client),
-            upstream: outcome_to.upstream,
+            upstream: to.upstream,
             source: line.source.as_ref().map(|source| source as &dyn Display),
             source_identity: line
                 .source_identity
                 .as_ref()
                 .map(|identity| identity as &dyn Display),
-            destination: outcome_to
+            destination: to
                 .destination
                 .as_ref()
                 .map(|destination| destination as &dyn Display),
-            destination_identity: outcome_to
-                .identity
-                .as_ref()
-                .map(|identity| identity as &dyn Display),
+            destination_identity: to.identity.as_ref().map(|identity| identity as &dyn Display),
             request_id: &line.request_id,
-            route: outcome_to.route.as_deref().unwrap_or(""),
-            attempts: outcome_to.attempts,
+            route: to.route.as_deref().unwrap_or(""),
+            attempts: to.attempts,
         });
     }
 }

@@ -6,6 +6,8 @@
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use http::HeaderValue;
+
 use crate::metrics::HttpRecorder;
 
 /// Peers that one connection's requests go to at the same time, before all are looked up anew.
@@ -21,16 +23,15 @@ struct Kept {
 }
 
 /// What tells the peers of one connection's requests apart.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Exchanging {
     pub(super) inbound: bool,
     /// The service port dialled, or the client.
     pub(super) one: SocketAddr,
     /// The endpoint.
     pub(super) other: Option<SocketAddr>,
-    /// Which of the snapshot's services it was chosen for: one endpoint may be behind several. By address, which
-    /// is cheap and means the same for as long as a handle is used.
-    pub(super) service: Option<usize>,
+    /// Which service it was chosen for: one endpoint may be behind several.
+    pub(super) service: Option<HeaderValue>,
 }
 
 impl Recorders {

@@ -78,7 +78,7 @@ pub(super) async fn switch(
     let request = Request::from_parts(parts, Body::incoming(body));
     let mut response = sender.send_request(request).await.map_err(failure::of_http)?;
     if response.status() != StatusCode::SWITCHING_PROTOCOLS {
-        headers::strip_hop_by_hop(response.headers_mut());
+        headers::from_server(response.headers_mut());
         return Ok(response.map(Body::incoming));
     }
     let client =
@@ -101,7 +101,7 @@ pub(super) async fn switch(
     });
     let switched = response.headers().get(header::UPGRADE).cloned();
     let (mut parts, _) = response.into_parts();
-    headers::strip_hop_by_hop(&mut parts.headers);
+    headers::from_server(&mut parts.headers);
     parts
         .headers
         .insert(header::CONNECTION, HeaderValue::from_static("upgrade"));

@@ -16,7 +16,8 @@ use super::context::{Life, Local};
 use super::error::{Error, Kind};
 use super::headers;
 use super::inbound::{self, Caller};
-use super::mesh_pool::PeerKey;
+use super::mesh_pool::PeerRef;
+use super::message::Message;
 use super::recorders::Recorders;
 use super::stream::Stream;
 use super::{CONNECT_TIMEOUT, Proxy, failure, inbound_http};
@@ -26,17 +27,17 @@ use crate::sock;
 
 /// How an endpoint is reached.
 #[derive(Debug)]
-pub(super) enum Way {
+pub(super) enum Way<'a> {
     /// It is on this node: its pipeline is called directly.
     Local(Arc<Local>),
     /// Through the agent beside it.
-    Mesh(Box<PeerKey>),
+    Mesh(PeerRef<'a>),
     /// Nobody stands before it.
     Clear,
 }
 
-impl Way {
-    pub(super) fn to(proxy: &Proxy, from: &Local, source: &Workload, endpoint: &Endpoint) -> Self {
+impl<'a> Way<'a> {
+    pub(super) fn to(proxy: &Proxy, from: &Local, source: &'a Workload, endpoint: &'a Endpoint) -> Self {
         let Some(workload) = endpoint.workload.as_deref().filter(|workload| workload.meshed) else {
             return Self::Clear;
         };
@@ -53,12 +54,12 @@ impl Way {
         if let Some(local) = proxy.locals.get(endpoint.address.ip()).filter(is_it) {
             return Self::Local(local);
         }
-        Self::Mesh(Box::new(PeerKey {
+        Self::Mesh(PeerRef {
             source: from.enrolment,
-            source_identity: source.identity.clone(),
-            peer_identity: workload.identity.clone(),
+            source_identity: &source.identity,
+            peer_identity: &workload.identity,
             address: endpoint.address.ip(),
-        }))
+        })
     }
 
     pub(super) fn security(&self) -> Security {
@@ -85,7 +86,7 @@ pub(super) struct From<'a> {
 
 impl From<'_> {
     /// A byte stream to `to`.
-    pub(super) async fn stream(&self, way: &Way, to: SocketAddr) -> Result<Stream, Error> {
+    pub(super) async fn stream(&self, way: &Way<'_>, to: SocketAddr) -> Result<Stream, Error> {
         match way {
             Way::Local(dest) => {
                 let caller = self.caller(dest);
@@ -104,18 +105,17 @@ impl From<'_> {
         }
     }
 
-    /// One try of one request. `http2`: what the application is to be spoken to in.
+    /// One try of one request.
     pub(super) async fn send(
         &self,
-        way: &Way,
+        way: &Way<'_>,
         to: SocketAddr,
-        request: Request<Body>,
-        http2: bool,
+        message: Box<Message>,
     ) -> Result<Response<Body>, Error> {
         match way {
             Way::Local(dest) => {
                 let caller = self.caller(dest);
-                let delivering = inbound_http::deliver(self.proxy, dest, &caller, to, (request, http2));
+                let delivering = inbound_http::deliver(self.proxy, dest, &caller, to, message);
                 let response = tokio::select! {
                     biased;
                     response = Box::pin(delivering) => response,
@@ -125,7 +125,7 @@ impl From<'_> {
                 };
                 checked(response).map(|response| response.map(|body| Body::nested(body, Arc::clone(dest))))
             }
-            Way::Mesh(key) => self.send_mesh(key, to, request, http2).await,
+            Way::Mesh(key) => self.send_mesh(key, to, message).await,
             Way::Clear => {
                 let key = AppKey {
                     present: None,
@@ -133,45 +133,30 @@ impl From<'_> {
                     tunnel: None,
                 };
                 let connect = async || self.stream(&Way::Clear, to).await;
-                Box::pin(send_app(self.local.apps.here(), key, (request, http2), connect)).await
+                Box::pin(send_app(self.local.apps.here(), key, message, connect)).await
             }
         }
     }
 
     async fn send_mesh(
         &self,
-        key: &PeerKey,
+        key: &PeerRef<'_>,
         to: SocketAddr,
-        request: Request<Body>,
-        http2: bool,
+        mut message: Box<Message>,
     ) -> Result<Response<Body>, Error> {
-        let mut request = request;
         // A connection that turns out to be closed when used gave the request back: one more may be newer.
         let mut fresh = false;
         loop {
             let lease = self.proxy.mesh.here().stream(key, self.local).await?;
             if !lease.native() {
                 drop(lease);
-                let tunnel = Some((key.source_identity.clone(), key.peer_identity.clone()));
-                let key_in = AppKey {
-                    present: None,
-                    to,
-                    tunnel,
-                };
-                let connect = async || self.tunnel(key, to).await;
-                return Box::pin(send_app(
-                    self.local.apps.here(),
-                    key_in,
-                    (request, http2),
-                    connect,
-                ))
-                .await;
+                return Box::pin(self.send_tunnelled(key, to, message)).await;
             }
-            self.sign(&mut request, to, http2)?;
-            match lease.send(request).await {
+            self.sign(&mut message, to);
+            match lease.send(message).await {
                 Ok(response) => return checked(response),
                 Err((_, Some(unsent))) if !fresh => {
-                    request = unsent;
+                    message = unsent;
                     fresh = true;
                 }
                 Err((error, _)) => return Err(error),
@@ -179,44 +164,54 @@ impl From<'_> {
         }
     }
 
-    /// Says to the agent beside the server what it cannot see.
-    fn sign(&self, request: &mut Request<Body>, to: SocketAddr, http2: bool) -> Result<(), Error> {
-        let value = |address: SocketAddr| {
-            HeaderValue::from_str(&address.to_string()).map_err(|cause| Error::new(Kind::Internal, cause))
+    /// To an agent that takes byte streams only.
+    async fn send_tunnelled(
+        &self,
+        key: &PeerRef<'_>,
+        to: SocketAddr,
+        message: Box<Message>,
+    ) -> Result<Response<Body>, Error> {
+        let tunnel = (key.source_identity.clone(), key.peer_identity.clone());
+        let app = AppKey {
+            present: None,
+            to,
+            tunnel: Some(Box::new(tunnel)),
         };
-        let headers = request.headers_mut();
-        headers.insert(headers::DESTINATION, value(to)?);
-        headers.insert(headers::CLIENT, value(self.client)?);
-        headers.insert(
-            headers::VERSION,
-            HeaderValue::from_static(if http2 { "2" } else { "1.1" }),
-        );
-        self.name_service(headers);
-        *request.version_mut() = Version::HTTP_2;
-        Ok(())
+        let connect = async || self.tunnel(key, to).await;
+        send_app(self.local.apps.here(), app, message, connect).await
     }
 
-    fn name_service(&self, headers: &mut HeaderMap) {
-        // Names in documents are ASCII.
-        if let Some(service) = self.service
-            && let Ok(key) = HeaderValue::try_from(service.key.to_string())
-        {
-            headers.insert(headers::SERVICE, key);
+    /// Says to the agent beside the server what it cannot see.
+    fn sign(&self, message: &mut Message, to: SocketAddr) {
+        let headers = &mut message.parts.headers;
+        headers.insert(headers::DESTINATION, to.port().into());
+        if message.http2 {
+            headers.insert(headers::VERSION, HeaderValue::from_static("2"));
+        }
+        self.name_client(headers);
+        if let Some(id) = headers.get_mut(headers::REQUEST_ID) {
+            // No other request has it: the connection's table of fields need not.
+            id.set_sensitive(true);
+        }
+        message.parts.version = Version::HTTP_2;
+    }
+
+    fn name_client(&self, headers: &mut HeaderMap) {
+        headers.insert(headers::CLIENT, self.client.port().into());
+        if let Some(service) = self.service {
+            headers.insert(headers::SERVICE, service.header.clone());
         }
     }
 
     /// An HBONE stream.
-    async fn tunnel(&self, key: &PeerKey, to: SocketAddr) -> Result<Stream, Error> {
+    async fn tunnel(&self, key: &PeerRef<'_>, to: SocketAddr) -> Result<Stream, Error> {
         let lease = self.proxy.mesh.here().stream(key, self.local).await?;
         let authority = Uri::try_from(to.to_string()).map_err(|cause| Error::new(Kind::Internal, cause))?;
         let mut request = Request::new(());
         *request.method_mut() = Method::CONNECT;
         *request.uri_mut() = authority;
         *request.version_mut() = Version::HTTP_2;
-        if let Ok(client) = HeaderValue::from_str(&self.client.to_string()) {
-            request.headers_mut().insert(headers::CLIENT, client);
-        }
-        self.name_service(request.headers_mut());
+        self.name_client(request.headers_mut());
         let opened = tokio::time::timeout(CONNECT_TIMEOUT, lease.open(request)).await;
         let opened = opened.map_err(|cause| Error::new(Kind::Connect, cause))?;
         let (response, stream) = opened.map_err(|error| Error::new(Kind::Connect, error))?;
@@ -241,7 +236,7 @@ impl From<'_> {
         );
         Caller {
             recorders: Arc::clone(self.recorders),
-            service: self.service.map(|service| service.key.clone()),
+            service: self.service.map(|service| service.header.clone()),
             ..caller
         }
     }
@@ -251,17 +246,17 @@ impl From<'_> {
 pub(super) async fn send_app(
     pool: &AppPool,
     key: AppKey,
-    (request, http2): (Request<Body>, bool),
+    mut message: Box<Message>,
     connect: impl AsyncFnOnce() -> Result<Stream, Error>,
 ) -> Result<Response<Body>, Error> {
-    let (mut parts, body) = request.into_parts();
-    let mut response = if http2 {
-        parts.version = Version::HTTP_2;
-        let sending = pool.send_http2(key, Request::from_parts(parts, body), connect);
+    let mut response = if message.http2 {
+        message.parts.version = Version::HTTP_2;
+        let sending = pool.send_http2(key, message, connect);
         // Boxed: the other way is the usual one, and shall not move this one's room about.
         Box::pin(sending).await?
     } else {
-        headers::origin_form(&mut parts);
+        let Message { parts, body, .. } = &mut *message;
+        headers::origin_form(parts);
         if !body.is_end_stream()
             && body.size_hint().exact().is_none()
             && !parts.headers.contains_key(CONTENT_LENGTH)
@@ -271,21 +266,16 @@ pub(super) async fn send_app(
                 .headers
                 .insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
         }
-        pool.send_http1(key, Request::from_parts(parts, body), connect)
-            .await?
+        pool.send_http1(key, message, connect).await?
     };
-    headers::strip_hop_by_hop(response.headers_mut());
-    response.headers_mut().remove(failure::FAILURE);
+    headers::from_server(response.headers_mut());
     Ok(response)
 }
 
 /// A response that the agent beside the server made because it could not deliver is a failed try.
-fn checked(mut response: Response<Body>) -> Result<Response<Body>, Error> {
+fn checked(response: Response<Body>) -> Result<Response<Body>, Error> {
     match failure::announced(response.headers()) {
         Some(kind) => Err(kind.into()),
-        None => {
-            response.headers_mut().remove(failure::FAILURE);
-            Ok(response)
-        }
+        None => Ok(response),
     }
 }

@@ -203,6 +203,7 @@ fn snapshot() -> Snapshot {
     };
     let service = Arc::new(Service {
         key: key.clone(),
+        header: key.to_header(),
         hostname: "reviews.shop.svc.cluster.local".into(),
         vips: vec!["10.96.0.10".parse().unwrap()],
         headless: false,

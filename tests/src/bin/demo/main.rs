@@ -40,6 +40,8 @@ fn run() -> Result<bool> {
     let options = Options {
         name: Some(NAME.to_owned()),
         agents: false,
+        // As users run it.
+        config: String::new(),
         ..Options::default()
     };
     let mut mesh = Mesh::start(&options)?;
