@@ -137,6 +137,20 @@ fn on_the_same_node_the_same_checks_hold_without_tls() {
         "{seen}"
     );
     assert_eq!(capture.stop().unwrap().bytes(), 0, "nothing of it left the node");
+    // One agent is both sides, and each counts.
+    let body = "x".repeat(1000);
+    let url = format!("http://{WEB_V4}/");
+    assert_eq!(beside.curl(&["--data", &body, &url]).unwrap().status, 200);
+    for reporter in ["source", "destination"] {
+        let labels = [("reporter", reporter), ("source_workload", "beside")];
+        until_ok("the body to be counted", Duration::from_secs(3), || {
+            let metrics = web.mesh.agents[1].metrics()?;
+            let bytes = metrics.sum("istio_request_bytes_sum", &labels);
+            anyhow::ensure!(bytes == 1000.0, "{reporter}: {bytes}");
+            Ok(())
+        })
+        .unwrap();
+    }
 }
 
 #[test]

@@ -15,7 +15,7 @@ pub const REST: Duration = Duration::from_secs(1);
 
 /// The endpoint for the next try; `None` when there are none.
 ///
-/// `round_robin` is the caller's counter for this service port, one higher with each request.
+/// `round_robin` is a counter of the caller's, one higher with each request.
 pub fn pick<'a>(
     endpoints: &'a [Endpoint],
     policy: LoadBalancing,

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Deserialize;
+use serde_json::Value;
 
 use super::Settings;
 use super::check::{DNS_SUBDOMAIN, Issue, Issues, duration, is_dns_subdomain, typed};
@@ -136,7 +137,7 @@ impl Default for RawCa {
 #[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct RawAddress {
-    address: Option<SocketAddr>,
+    address: Option<String>,
 }
 
 /// The admin page shows much and is for the machine's own users; metrics are scraped from elsewhere.
@@ -171,13 +172,13 @@ impl Default for RawLog {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct RawDrain {
-    deadline: String,
+    deadline: Value,
 }
 
 impl Default for RawDrain {
     fn default() -> Self {
         Self {
-            deadline: "30s".to_owned(),
+            deadline: "30s".into(),
         }
     }
 }
@@ -237,18 +238,31 @@ impl AgentConfig {
         {
             issues.error("threads", format!("must be from 1 to {MAX_THREADS}"));
         }
-        let drain = duration(&raw.drain.deadline).unwrap_or_else(|message| {
+        let drain = match &raw.drain.deadline {
+            Value::String(text) => duration(text),
+            other => Err(format!("`{other}` has no unit; write as in 30s")),
+        };
+        let drain = drain.unwrap_or_else(|message| {
             issues.error("drain.deadline", message);
             Duration::ZERO
         });
+        let mut address = |field, raw: RawAddress, default: SocketAddr| {
+            let Some(text) = raw.address else { return default };
+            text.parse().unwrap_or_else(|_| {
+                issues.error(field, format!("`{text}` is not IP:PORT; write as in {default}"));
+                default
+            })
+        };
+        let admin = address("admin.address", raw.admin, ADMIN);
+        let metrics = address("metrics.address", raw.metrics, METRICS);
         Self {
             node,
             trust_domain: raw.trust_domain,
             cluster_domain: raw.cluster_domain,
             files: raw.resources.files.iter().map(|file| base.join(file)).collect(),
             ca_directory: base.join(raw.identity.ca.directory),
-            admin: raw.admin.address.unwrap_or(ADMIN),
-            metrics: raw.metrics.address.unwrap_or(METRICS),
+            admin,
+            metrics,
             state_dir: base.join(raw.state_dir),
             bpffs: base.join(raw.bpffs),
             threads: raw.threads,
@@ -271,7 +285,7 @@ impl AgentConfig {
 fn raw(text: &str) -> Result<RawConfig, Issue> {
     let value = match parse_single(text)? {
         // A file with nothing but comments.
-        serde_json::Value::Null => serde_json::Value::Object(serde_json::Map::new()),
+        Value::Null => Value::Object(serde_json::Map::new()),
         value => value,
     };
     typed(value, "")
@@ -354,7 +368,7 @@ drain: {deadline: 1m}
             ("identity: {ca: {dir: x}}", "identity.ca.dir: unknown field"),
             (
                 "admin: {address: localhost}",
-                "admin.address: invalid socket address syntax",
+                "admin.address: `localhost` is not IP:PORT; write as in 127.0.0.1:15000",
             ),
             (
                 "accessLog: {format: xml}",
@@ -362,7 +376,7 @@ drain: {deadline: 1m}
             ),
             (
                 "drain: {deadline: 30}",
-                "drain.deadline: invalid type: integer `30`, expected a string",
+                "drain.deadline: `30` has no unit; write as in 30s",
             ),
             (
                 "drain: {deadline: 30x}",

@@ -12,6 +12,8 @@ use super::check::{DNS_SUBDOMAIN, Issue, Issues, Port, address, is_dns_subdomain
 use super::resource::{Labels, Meta};
 use crate::model::{OnAgentDown, Place};
 
+/// What annotations of this project begin with.
+const OURS: &str = "mesh-agent.dev/";
 pub(crate) const NETNS: &str = "mesh-agent.dev/netns";
 pub(crate) const CGROUP: &str = "mesh-agent.dev/cgroup";
 pub(crate) const ON_AGENT_DOWN: &str = "mesh-agent.dev/on-agent-down";
@@ -93,6 +95,7 @@ impl Pod {
             Some(status) => typed(status, "status")?,
             None => RawStatus::default(),
         };
+        known_annotations(&meta.annotations, &[NETNS, CGROUP, ON_AGENT_DOWN], issues);
         let place = place(&meta.annotations, issues);
         let service_account = spec.service_account_name.unwrap_or_else(|| "default".to_owned());
         if !is_dns_subdomain(&service_account) {
@@ -210,6 +213,15 @@ fn on_agent_down(annotations: &BTreeMap<String, String>, issues: &mut Issues) ->
             );
             None
         }
+    }
+}
+
+/// A misspelt one would be a wish that nobody hears.
+pub(crate) fn known_annotations(annotations: &BTreeMap<String, String>, known: &[&str], issues: &mut Issues) {
+    let ours = annotations.keys().filter(|name| name.starts_with(OURS));
+    for unknown in ours.filter(|name| !known.contains(&name.as_str())) {
+        let message = format!("unknown annotation; allowed: {}", known.join(", "));
+        issues.error(annotation_path(unknown), message);
     }
 }
 

@@ -8,7 +8,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::check::{DNS_LABEL, Issue, Issues, Port, address, is_dns_label, typed};
-use super::pod::annotation_path;
+use super::pod::{annotation_path, known_annotations};
 use super::resource::{Labels, Meta, shared};
 use crate::model::{LoadBalancing, Protocol};
 
@@ -117,6 +117,7 @@ impl Service {
             ServiceAddresses::Given(addresses) => addresses.first().map(IpAddr::is_ipv6),
             _ => spec.ip_families.first().map(|family| *family == RawFamily::IPv6),
         };
+        known_annotations(&meta.annotations, &[LOAD_BALANCING], issues);
         let balancing = balancing(&meta.annotations, issues);
         let mut ports: Vec<ServicePort> = Vec::new();
         for (index, raw) in spec.ports.into_iter().enumerate() {

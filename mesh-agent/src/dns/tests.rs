@@ -50,12 +50,13 @@ fn service(namespace: &str, name: &str, vips: &[&str], endpoints: Option<&[&str]
         routes: Arc::default(),
         consumer_routes: std::collections::BTreeMap::default(),
     };
+    let key = ServiceKey {
+        namespace: namespace.into(),
+        name: name.into(),
+    };
     Service {
-        key: ServiceKey {
-            namespace: namespace.into(),
-            name: name.into(),
-        },
-        header: http::HeaderValue::from_static("any"),
+        header: key.to_header(),
+        key,
         hostname: format!("{name}.{namespace}.svc.cluster.local").into(),
         vips: vips.iter().map(ip).collect(),
         headless: endpoints.is_some(),

@@ -43,7 +43,8 @@ enum Rest {
 /// Different outcomes that one pair of peers may have, so that a server that invents status codes does not eat
 /// the room of the others. Each costs 70 lines per scrape.
 const MAX_OUTCOMES_PER_PAIR: usize = 32;
-/// Different outcomes that all pairs may have together.
+/// Different outcomes that all pairs may have together. Each takes half a KiB for each thread that counts it, of
+/// [`PARTS`] at most: 17 MB if all are there.
 pub(super) const MAX_OUTCOMES: usize = 4_000;
 
 impl HttpRecorder {

@@ -96,7 +96,9 @@ impl AppPool {
     ) -> Result<Response<Body>, Error> {
         let http2 = message.http2;
         while let Some(mut sender) = self.take(&key) {
-            if !matches!(tokio::time::timeout(READY, sender.ready()).await, Ok(Ok(()))) {
+            let ready =
+                sender.is_ready() || matches!(tokio::time::timeout(READY, sender.ready()).await, Ok(Ok(())));
+            if !ready {
                 continue;
             }
             match sender.try_send_request(message.into_request()).await {

@@ -96,9 +96,9 @@ impl<'a> Asked<'a> {
             inbound: false,
             one: self.outbound.original,
             other: last.map(|(endpoint, _)| endpoint.address),
-            service: service.map(|service| service.header.clone()),
+            service: service.map(|service| &service.header),
         };
-        self.outbound.recorders.get(self.snapshot.generation, key, || {
+        self.outbound.recorders.get(self.snapshot.generation, &key, || {
             self.outbound.proxy.metrics().http(&match last {
                 Some((endpoint, security)) => peers(self.source, endpoint, service, security),
                 None => Peers {

@@ -137,8 +137,8 @@ fn lock(rest: &Mutex<Rest>) -> MutexGuard<'_, Rest> {
 enum Watch {
     #[default]
     Nobody,
-    /// Counts a request's bytes.
-    Request(Arc<Exchange>),
+    /// Counts a request's bytes, for each of the (at most two) sides that this agent is of it.
+    Request(Arc<Exchange>, Option<Arc<Exchange>>),
     /// Measures a response to its end.
     Response(Box<Tail>),
 }
@@ -184,9 +184,12 @@ impl Body {
         })))
     }
 
-    /// Counts a request's bytes.
+    /// Counts a request's bytes for `exchange` too.
     pub(super) fn count(&mut self, exchange: Arc<Exchange>) {
-        self.watch = Watch::Request(exchange);
+        self.watch = match std::mem::take(&mut self.watch) {
+            Watch::Request(before, _) => Watch::Request(exchange, Some(before)),
+            _ => Watch::Request(exchange, None),
+        };
     }
 
     pub(super) fn measured(mut self, tail: Box<Tail>) -> Self {
@@ -258,11 +261,13 @@ impl http_body::Body for Body {
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let frame = std::task::ready!(self.poll_source(cx));
         match (&frame, &mut self.watch) {
-            (Some(Ok(frame)), Watch::Request(exchange)) => {
+            (Some(Ok(frame)), Watch::Request(one, other)) => {
                 if let Some(data) = frame.data_ref() {
-                    exchange
-                        .request_bytes
-                        .fetch_add(data.len() as u64, Ordering::Relaxed);
+                    for exchange in other.iter().chain([&*one]) {
+                        exchange
+                            .request_bytes
+                            .fetch_add(data.len() as u64, Ordering::Relaxed);
+                    }
                 }
             }
             (Some(Ok(frame)), Watch::Response(tail)) => tail.passed(frame),
@@ -312,7 +317,11 @@ impl http_body::Body for Body {
 impl Drop for Body {
     /// A body that is never polled because it is empty has ended all the same.
     fn drop(&mut self) {
-        if self.is_end_stream() {
+        let complete = match &self.source {
+            Source::Receiving(body) => body.is_complete(),
+            _ => self.is_end_stream(),
+        };
+        if complete {
             self.ended();
         }
     }

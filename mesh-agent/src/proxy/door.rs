@@ -140,7 +140,10 @@ impl Door {
         client.set_port(port(headers, &headers::CLIENT).unwrap_or(client.port()));
         Caller {
             client,
-            service: headers.get(headers::SERVICE).cloned(),
+            service: headers
+                .get(headers::SERVICE)
+                .filter(|key| key.len() <= headers::MAX_SERVICE)
+                .cloned(),
             ..self.caller.clone()
         }
     }

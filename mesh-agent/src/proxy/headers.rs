@@ -14,13 +14,16 @@ use super::error::{Error, Kind};
 
 /// Where a request between agents goes: the port, on the address that the connection between them goes to.
 pub(super) const DESTINATION: HeaderName = HeaderName::from_static("mesh-agent-destination");
-/// The client's port, on the address that the connection comes from: the application will see it as its peer's.
+/// The client's port, on the address that the connection comes from, where it has that address: the application
+/// will see both as its peer's.
 pub(super) const CLIENT: HeaderName = HeaderName::from_static("mesh-agent-client");
 /// The HTTP version that the application is to be spoken to in, where that is not 1.1.
 pub(super) const VERSION: HeaderName = HeaderName::from_static("mesh-agent-version");
 
 /// The service that the client dialled, `namespace/name`; several may have the destination as an endpoint.
 pub(super) const SERVICE: HeaderName = HeaderName::from_static("mesh-agent-service");
+/// The longest key of a service: two DNS labels.
+pub(super) const MAX_SERVICE: usize = 63 + 1 + 63;
 
 /// What begins so is an agent's word.
 const OURS: &str = "mesh-agent-";
@@ -108,10 +111,10 @@ fn strip_named(headers: &mut HeaderMap) {
     }
 }
 
-/// Removes the fields of these names. One look at each field is cheaper than a search for each name, and few
-/// messages hold more than one.
+/// Removes the fields of these names: one look at each field is cheaper than a search for each name.
 fn strip(headers: &mut HeaderMap, is: impl Fn(&str) -> bool) {
-    while let Some(name) = headers.keys().find(|name| is(name.as_str())).cloned() {
+    let named: Vec<HeaderName> = headers.keys().filter(|name| is(name.as_str())).cloned().collect();
+    for name in named {
         headers.remove(name);
     }
 }

@@ -116,9 +116,9 @@ impl Measured {
             one: SocketAddr::new(caller.client.ip(), 0),
             other: Some(to),
             // Whether there is one of that name, with that endpoint, is looked at only when the handle is made.
-            service: caller.service.clone(),
+            service: caller.service.as_ref(),
         };
-        let recorder = caller.recorders.get(snapshot.generation, key, || {
+        let recorder = caller.recorders.get(snapshot.generation, &key, || {
             inbound::with_peers(&snapshot, dest, caller, to, |peers| proxy.metrics().http(peers))
         });
         let line = proxy.access_log.enabled().then(|| {

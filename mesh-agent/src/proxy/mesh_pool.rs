@@ -45,7 +45,7 @@ const PING_EVERY: Duration = Duration::from_secs(10);
 const PING_ANSWER: Duration = Duration::from_secs(10);
 
 /// Everything that tells one peer, seen by one client, from another.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Debug, PartialEq, Eq, Hash)]
 pub(super) struct PeerKey {
     /// The enrolment of the workload that it leaves from: a later one has another network namespace.
     pub(super) source: u64,
@@ -55,7 +55,7 @@ pub(super) struct PeerKey {
 }
 
 /// A [`PeerKey`] to look for: a request goes by without cloning what it names.
-#[derive(Clone, Copy, Debug, Hash)]
+#[derive(Debug, Hash)]
 pub(super) struct PeerRef<'a> {
     // The order of fields is that of `PeerKey`: both must hash alike.
     pub(super) source: u64,

@@ -37,6 +37,8 @@ pub(super) struct Receiving {
     /// What `content-length` says is still to come.
     length: Option<u64>,
     data_ended: bool,
+    /// Known to end with what was read. (Asking takes the connection's lock.)
+    ended: bool,
 }
 
 impl Receiving {
@@ -47,6 +49,7 @@ impl Receiving {
         Self {
             length: length.and_then(|length| length.parse().ok()),
             data_ended: stream.is_end_stream(),
+            ended: stream.is_end_stream(),
             stream,
         }
     }
@@ -64,6 +67,7 @@ impl Receiving {
                         *length = length.saturating_sub(data.len() as u64);
                     }
                     if !data.is_empty() {
+                        self.ended = self.stream.is_end_stream();
                         return Poll::Ready(Some(Ok(Frame::data(data))));
                     }
                 }
@@ -72,6 +76,7 @@ impl Receiving {
             }
         }
         if self.stream.is_end_stream() {
+            self.ended = true;
             return Poll::Ready(None);
         }
         let trailers = ready!(self.stream.poll_trailers(cx));
@@ -81,8 +86,14 @@ impl Receiving {
         })
     }
 
+    /// False also where it is not known yet.
     pub(super) fn is_end_stream(&self) -> bool {
-        self.stream.is_end_stream()
+        self.ended
+    }
+
+    /// All of it was read, though perhaps not its end: who knows the length does not ask for that.
+    pub(super) fn is_complete(&self) -> bool {
+        self.ended || self.length == Some(0) || self.stream.is_end_stream()
     }
 
     pub(super) fn size_hint(&self) -> SizeHint {

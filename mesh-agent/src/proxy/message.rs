@@ -1,7 +1,7 @@
 //! A request on its way to an application.
 //!
-//! Invariant: it is boxed from the first hand to the last. The futures that pass it on would else hold room for it
-//! one inside the other, kilobytes that are moved whenever such a future is made.
+//! Invariant: it is boxed until it is handed to who writes it. The futures that pass it on would else hold room for
+//! it one inside the other, kilobytes that are moved whenever such a future is made.
 
 use http::{Request, request};
 

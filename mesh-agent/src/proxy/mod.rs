@@ -111,7 +111,8 @@ impl Proxy {
             locals: Locals::default(),
             connections: Connections::default(),
             retries: Budget::new(Duration::ZERO),
-            turns: inputs.lanes.each(AtomicU64::default),
+            // Each begins elsewhere, or all would ask the same endpoint at the same time.
+            turns: inputs.lanes.each(|| AtomicU64::new(fastrand::u64(..))),
             lanes: inputs.lanes,
             started: tokio::time::Instant::now(),
         })

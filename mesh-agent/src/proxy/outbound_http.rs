@@ -37,6 +37,8 @@ pub(super) fn handle(
 
 async fn answer(outbound: Arc<Outbound>, mut parts: Box<request::Parts>, body: Incoming) -> Response<Body> {
     let audience = reply::Audience::of(&parts);
+    let switch = headers::upgrade(&parts);
+    let fit = headers::from_application(&mut parts, outbound.original);
     let line = outbound.proxy.access_log.enabled().then(|| {
         let source = outbound.local.workload();
         inbound_http::log_line(
@@ -53,8 +55,7 @@ async fn answer(outbound: Arc<Outbound>, mut parts: Box<request::Parts>, body: I
     let mut asked = Asked::begin(&outbound, (&snapshot, &source), Exchange::begin(line));
     let (exchange, tried) = (&asked.exchange, &mut asked.tried);
     let sent = async {
-        let switch = headers::upgrade(&parts);
-        headers::from_application(&mut parts, outbound.original)?;
+        fit?;
         inbound_http::canonical(&mut parts)?;
         if parts.method == http::Method::CONNECT {
             return Err(Error::new(Kind::BadRequest, "CONNECT is not for a service"));

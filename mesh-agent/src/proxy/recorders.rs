@@ -19,38 +19,69 @@ pub(super) struct Recorders(Mutex<Kept>);
 #[derive(Debug, Default)]
 struct Kept {
     generation: u64,
-    handles: Vec<(Exchanging, Arc<HttpRecorder>)>,
+    handles: Vec<(Known, Arc<HttpRecorder>)>,
 }
 
 /// What tells the peers of one connection's requests apart.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Exchanging {
+#[derive(Debug)]
+pub(super) struct Exchanging<'a> {
     pub(super) inbound: bool,
     /// The service port dialled, or the client.
     pub(super) one: SocketAddr,
     /// The endpoint.
     pub(super) other: Option<SocketAddr>,
     /// Which service it was chosen for: one endpoint may be behind several.
-    pub(super) service: Option<HeaderValue>,
+    pub(super) service: Option<&'a HeaderValue>,
+}
+
+/// The same, kept.
+#[derive(Debug)]
+struct Known {
+    inbound: bool,
+    one: SocketAddr,
+    other: Option<SocketAddr>,
+    service: Option<Box<[u8]>>,
+}
+
+impl Known {
+    fn new(key: &Exchanging<'_>) -> Self {
+        Self {
+            inbound: key.inbound,
+            one: key.one,
+            other: key.other,
+            // A copy: the value may hold on to all that was received with it.
+            service: key.service.map(|service| service.as_bytes().into()),
+        }
+    }
+
+    fn is(&self, key: &Exchanging<'_>) -> bool {
+        self.inbound == key.inbound
+            && self.one == key.one
+            && self.other == key.other
+            && self.service.as_deref() == key.service.map(HeaderValue::as_bytes)
+    }
 }
 
 impl Recorders {
     pub(super) fn get(
         &self,
         generation: u64,
-        key: Exchanging,
+        key: &Exchanging<'_>,
         make: impl FnOnce() -> Arc<HttpRecorder>,
     ) -> Arc<HttpRecorder> {
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if kept.generation != generation || kept.handles.len() >= MAX_KEPT {
+        if kept.generation != generation {
             kept.generation = generation;
             kept.handles.clear();
         }
-        if let Some((_, recorder)) = kept.handles.iter().find(|(known, _)| *known == key) {
+        if let Some((_, recorder)) = kept.handles.iter().find(|(known, _)| known.is(key)) {
             return Arc::clone(recorder);
         }
         let recorder = make();
-        kept.handles.push((key, Arc::clone(&recorder)));
+        if kept.handles.len() >= MAX_KEPT {
+            kept.handles.clear();
+        }
+        kept.handles.push((Known::new(key), Arc::clone(&recorder)));
         recorder
     }
 }

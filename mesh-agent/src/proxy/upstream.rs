@@ -169,8 +169,10 @@ impl From<'_> {
         &self,
         key: &PeerRef<'_>,
         to: SocketAddr,
-        message: Box<Message>,
+        mut message: Box<Message>,
     ) -> Result<Response<Body>, Error> {
+        // Of a try over a connection to one of our agents, which was there a moment ago.
+        headers::strip_ours(&mut message.parts.headers);
         let tunnel = (key.source_identity.clone(), key.peer_identity.clone());
         let app = AppKey {
             present: None,
@@ -188,16 +190,20 @@ impl From<'_> {
         if message.http2 {
             headers.insert(headers::VERSION, HeaderValue::from_static("2"));
         }
-        self.name_client(headers);
+        self.name_client(headers, to);
         if let Some(id) = headers.get_mut(headers::REQUEST_ID) {
-            // No other request has it: the connection's table of fields need not.
+            // Few requests share one, so that the connection's table of fields need not have it.
             id.set_sensitive(true);
         }
         message.parts.version = Version::HTTP_2;
     }
 
-    fn name_client(&self, headers: &mut HeaderMap) {
-        headers.insert(headers::CLIENT, self.client.port().into());
+    fn name_client(&self, headers: &mut HeaderMap, to: SocketAddr) {
+        // The connection leaves from the workload's address of the endpoint's family; the client may have dialled
+        // by the other.
+        if self.client.is_ipv4() == to.is_ipv4() {
+            headers.insert(headers::CLIENT, self.client.port().into());
+        }
         if let Some(service) = self.service {
             headers.insert(headers::SERVICE, service.header.clone());
         }
@@ -211,7 +217,7 @@ impl From<'_> {
         *request.method_mut() = Method::CONNECT;
         *request.uri_mut() = authority;
         *request.version_mut() = Version::HTTP_2;
-        self.name_client(request.headers_mut());
+        self.name_client(request.headers_mut(), to);
         let opened = tokio::time::timeout(CONNECT_TIMEOUT, lease.open(request)).await;
         let opened = opened.map_err(|cause| Error::new(Kind::Connect, cause))?;
         let (response, stream) = opened.map_err(|error| Error::new(Kind::Connect, error))?;

@@ -195,6 +195,10 @@ fn pods() {
             "a Pod runs in one place",
         ),
         (
+            pod_with(", annotations: {mesh-agent.dev/netn: /x}", "", ""),
+            "metadata.annotations[mesh-agent.dev/netn]: unknown annotation; allowed: mesh-agent.dev/netns, mesh-agent.dev/cgroup, mesh-agent.dev/on-agent-down",
+        ),
+        (
             pod_with(", annotations: {mesh-agent.dev/on-agent-down: close}", "", ""),
             "[mesh-agent.dev/on-agent-down]: `close` is unknown; allowed: hold, open",
         ),
