@@ -1,9 +1,10 @@
 //! What can be seen of the mesh from outside.
 
+use std::fs;
 use std::time::Duration;
 
 use anyhow::Context;
-use mesh_tests::{Agent, Options, PodSpec, http, until_ok};
+use mesh_tests::{Agent, Mesh, Options, PodSpec, http, until_ok};
 use serde_json::Value;
 
 use crate::common::{HTTP, WEB_V4, wait_until, web, web_with};
@@ -270,4 +271,22 @@ fn flags_say_how_a_request_ended() {
             .unwrap();
         }
     }
+}
+
+#[test]
+fn an_agent_that_can_read_nothing_is_not_ready() {
+    let mut mesh = Mesh::start(&Options::default()).unwrap();
+    let agent = &mut mesh.agents[0];
+    agent.stop(Duration::from_secs(10)).unwrap();
+    let config = fs::read_to_string(&agent.config).unwrap();
+    fs::write(&agent.config, config.replace("/resources]", "/misspelt]")).unwrap();
+    agent.spawn(&mesh.run).unwrap();
+    until_ok("the reason", Duration::from_secs(10), || {
+        let status = agent.get("/api/v1/status")?;
+        let said = status["conditions"].to_string();
+        anyhow::ensure!(said.contains("no resource could be read"), "{status}");
+        anyhow::ensure!(status["ready"] == false, "{status}");
+        Ok(())
+    })
+    .unwrap();
 }

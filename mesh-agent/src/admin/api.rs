@@ -83,8 +83,11 @@ pub struct Status {
 pub struct Counts {
     /// All workloads that are known, on any node.
     pub workloads: usize,
-    /// Workloads of this node that this agent captures.
+    /// Workloads of this node that this agent captures, or is to capture.
     pub local_workloads: usize,
+    /// Those of them that it does not capture yet: their place is missing, or it failed.
+    #[serde(default)]
+    pub pending_workloads: usize,
     pub services: usize,
     pub routes: usize,
     pub certificates: usize,

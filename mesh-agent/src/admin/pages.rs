@@ -228,6 +228,7 @@ fn status(sources: &AdminSources) -> api::Status {
     let uptime = SystemTime::now()
         .duration_since(sources.started)
         .unwrap_or(Duration::ZERO);
+    let enrolments = (sources.enrolments)();
     api::Status {
         node: sources.node.clone(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -242,6 +243,13 @@ fn status(sources: &AdminSources) -> api::Status {
         counts: api::Counts {
             workloads: snapshot.workloads.len(),
             local_workloads: snapshot.local_workloads().count(),
+            pending_workloads: snapshot
+                .local_workloads()
+                .filter(|workload| {
+                    let shown = enrolments.get(workload.uid().as_str());
+                    shown.is_none_or(|shown| shown.state != "enrolled")
+                })
+                .count(),
             services: snapshot.services.len(),
             routes: routes.sum(),
             certificates: sources.identities.list().len(),

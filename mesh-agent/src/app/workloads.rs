@@ -21,7 +21,7 @@ use crate::drain::DrainWatcher;
 use crate::ebpf::{self, Capture, EnrolRequest, Enrolment, Listeners, PlaceIdentity};
 use crate::identity::Identities;
 use crate::lanes::Lanes;
-use crate::model::{OnAgentDown, Place, Workload};
+use crate::model::{OnAgentDown, Place, Severity, Workload};
 use crate::proxy::{Local, Proxy};
 use crate::store::Store;
 
@@ -78,7 +78,7 @@ impl Workloads {
         Box::new(move || shown.lock().unwrap_or_else(PoisonError::into_inner).clone())
     }
 
-    /// Keeps at it until the agent drains. `ready` holds after the first pass.
+    /// Keeps at it until the agent drains. `ready` holds after the first pass that had anything to read.
     pub(super) async fn run(mut self, readiness: Readiness, ready: &'static str) {
         let mut changes = self.parts.store.watch();
         let mut drain = self.drain.clone();
@@ -96,7 +96,11 @@ impl Workloads {
                     return;
                 }
             }
-            readiness.holds(ready);
+            if self.knows_nothing() {
+                readiness.fails(ready, "no resource could be read; `mesh-agent status` says why");
+            } else {
+                readiness.holds(ready);
+            }
             tokio::select! {
                 // The store lives as long as `self`.
                 _ = changes.changed() => {}
@@ -104,6 +108,15 @@ impl Workloads {
                 () = drain.draining() => return,
             }
         }
+    }
+
+    /// As with a misspelt path: an agent that would be ready so would mesh nothing and look well.
+    fn knows_nothing(&self) -> bool {
+        let snapshot = self.parts.store.load();
+        let mut findings = snapshot.rejected.iter();
+        snapshot.workloads.is_empty()
+            && snapshot.services.is_empty()
+            && findings.any(|finding| finding.severity == Severity::Error)
     }
 
     fn pass(&mut self) {

@@ -9,9 +9,10 @@ use std::time::Duration;
 
 use crate::model::{Endpoint, LoadBalancing};
 
-/// How long an endpoint that could not be reached is left alone. One that fails at once is never busy, so without
-/// this the less busy of two would be the dead one, for every request.
-pub const REST: Duration = Duration::from_secs(1);
+/// How long an endpoint that could not be reached is left alone: at first, and at most when it fails again and again
+/// (Envoy's base time for ejected hosts). One that fails at once is never busy, so without this the less busy of two
+/// would be the dead one, for every request.
+pub const REST: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 
 /// The endpoint for the next try; `None` when there are none.
 ///
@@ -149,8 +150,10 @@ mod tests {
                 .filter(|_| random.u8(..) < 64)
                 .collect();
             for endpoint in &all {
-                let until = [NOW - REST, NOW, NOW + REST][random.usize(..3)];
-                endpoint.load.rest(until);
+                if random.bool() {
+                    let (shortest, _) = REST;
+                    endpoint.load.rest([NOW - shortest, NOW][random.usize(..2)], REST);
+                }
             }
             let rank = |endpoint: &Endpoint| {
                 let rests = endpoint.load.rests(NOW);

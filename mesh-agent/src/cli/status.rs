@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use super::age;
 use super::table::{Table, printable};
-use crate::admin::api::{Finding, Status};
+use crate::admin::api::{Counts, Finding, Status};
 
 pub(super) fn render(status: &Status, now: SystemTime) -> String {
     let counts = &status.counts;
@@ -30,10 +30,7 @@ pub(super) fn render(status: &Status, now: SystemTime) -> String {
         ("Version", status.version.clone()),
         ("Running for", format!("{uptime} (process {})", status.pid)),
         ("Trust domain", status.trust_domain.clone()),
-        (
-            "Workloads",
-            format!("{} here, {} known", counts.local_workloads, counts.workloads),
-        ),
+        ("Workloads", workloads(counts)),
         ("Services", counts.services.to_string()),
         ("Route rules", counts.routes.to_string()),
         ("Certificates", certificates),
@@ -76,4 +73,14 @@ fn findings(findings: &[Finding]) -> String {
         ]);
     }
     format!("\n{}", table.render())
+}
+
+fn workloads(counts: &Counts) -> String {
+    let (here, known) = (counts.local_workloads, counts.workloads);
+    match counts.pending_workloads {
+        0 => format!("{here} here, {known} known"),
+        pending => {
+            format!("{here} here, {pending} of them not captured (`get workloads` says why), {known} known")
+        }
+    }
 }

@@ -234,6 +234,7 @@ fn sample_status() -> Status {
         counts: Counts {
             workloads: 5,
             local_workloads: 2,
+            pending_workloads: 1,
             certificates: 1,
             ..Counts::default()
         },
@@ -257,7 +258,7 @@ State:        not ready
 Version:      0.1.0
 Running for:  24h (process 42)
 Trust domain: cluster.local
-Workloads:    2 here, 5 known
+Workloads:    2 here, 1 of them not captured (`get workloads` says why), 5 known
 Services:     0
 Route rules:  0
 Certificates: 1, the first ends in 12h

@@ -74,7 +74,7 @@ struct RawConfig {
     metrics: RawAddress,
     state_dir: PathBuf,
     bpffs: PathBuf,
-    threads: Option<usize>,
+    threads: Option<Value>,
     access_log: RawAccessLog,
     log: RawLog,
     drain: RawDrain,
@@ -232,12 +232,19 @@ impl AgentConfig {
         if let Err(error) = log_filter::parse(&raw.log.level) {
             issues.error("log.level", error.to_string());
         }
-        if raw
-            .threads
-            .is_some_and(|threads| !(1..=MAX_THREADS).contains(&threads))
-        {
-            issues.error("threads", format!("must be from 1 to {MAX_THREADS}"));
-        }
+        let threads = raw.threads.map(|threads| {
+            let count = threads.as_u64().and_then(|count| usize::try_from(count).ok());
+            count
+                .filter(|count| (1..=MAX_THREADS).contains(count))
+                .ok_or(threads)
+        });
+        let threads = threads.transpose().unwrap_or_else(|other| {
+            issues.error(
+                "threads",
+                format!("`{other}` is not a number from 1 to {MAX_THREADS}"),
+            );
+            None
+        });
         let drain = match &raw.drain.deadline {
             Value::String(text) => duration(text),
             other => Err(format!("`{other}` has no unit; write as in 30s")),
@@ -265,7 +272,7 @@ impl AgentConfig {
             metrics,
             state_dir: base.join(raw.state_dir),
             bpffs: base.join(raw.bpffs),
-            threads: raw.threads,
+            threads,
             access_log: raw.access_log.format,
             log_format: raw.log.format,
             log_level: raw.log.level,
@@ -382,11 +389,8 @@ drain: {deadline: 1m}
                 "drain: {deadline: 30x}",
                 "drain.deadline: `30x` is not a duration; allowed: ",
             ),
-            ("threads: 0", "threads: must be from 1 to 1024"),
-            (
-                "threads: all",
-                "threads: invalid type: string \"all\", expected usize",
-            ),
+            ("threads: 0", "threads: `0` is not a number from 1 to 1024"),
+            ("threads: -1", "threads: `-1` is not a number from 1 to 1024"),
             ("node: A_b", "node: \"A_b\" is not a name; allowed: "),
             (
                 "log: {level: debgu}",

@@ -108,6 +108,7 @@ impl FileSource {
 
     fn apply(&mut self, changes: Changes) {
         let before = Arc::clone(&self.compiler.snapshot().rejected);
+        let known = self.compiler.files().len();
         let snapshot = self.compiler.update(changes);
         log_news(&before, &snapshot.rejected);
         tracing::info!(
@@ -117,6 +118,9 @@ impl FileSource {
             findings = snapshot.rejected.len(),
             "resources compiled"
         );
+        if known > 0 && self.compiler.files().is_empty() {
+            tracing::warn!("all resource files are gone: no workload is known any more, and no policy");
+        }
     }
 
     /// `first`: a path that is not there may be there soon, and until then its last good state holds.

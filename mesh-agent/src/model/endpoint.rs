@@ -35,6 +35,8 @@ pub struct Load {
     active: AtomicU32,
     /// In milliseconds.
     rests_until: AtomicU64,
+    /// Rests since it was last reached.
+    rests: AtomicU32,
 }
 
 impl Load {
@@ -43,9 +45,24 @@ impl Load {
         self.active.load(Ordering::Relaxed)
     }
 
-    /// Others are preferred until then: it could not be reached. Times are since one moment of the caller's.
-    pub fn rest(&self, until: Duration) {
-        self.rests_until.store(millis(until), Ordering::Relaxed);
+    /// It could not be reached: others are preferred for a time, from `shortest` on and twice as long each time in a
+    /// row. `now` is since one moment of the caller's.
+    pub fn rest(&self, now: Duration, (shortest, longest): (Duration, Duration)) {
+        // Those that failed together are one failure.
+        if self.rests(now) {
+            return;
+        }
+        let before = self.rests.fetch_add(1, Ordering::Relaxed).min(31);
+        let rest = shortest.saturating_mul(1 << before).min(longest);
+        self.rests_until.store(millis(now + rest), Ordering::Relaxed);
+    }
+
+    /// It answered, or at least the connection was made.
+    pub fn reached(&self) {
+        // Nearly always there is nothing to change, and all threads look here.
+        if self.rests.load(Ordering::Relaxed) != 0 {
+            self.rests.store(0, Ordering::Relaxed);
+        }
     }
 
     pub fn rests(&self, now: Duration) -> bool {
@@ -70,5 +87,31 @@ pub struct InFlight(Arc<Load>);
 impl Drop for InFlight {
     fn drop(&mut self) {
         self.0.active.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rests_grow_until_it_is_reached() {
+        const LIMITS: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+        let load = Load::default();
+        let mut now = Duration::from_secs(100);
+        let mut rest = |load: &Load| {
+            let begun = now;
+            load.rest(now, LIMITS);
+            // Another that fails meanwhile changes nothing.
+            load.rest(now + Duration::from_millis(500), LIMITS);
+            while load.rests(now) {
+                now += Duration::from_millis(500);
+            }
+            (now - begun).as_secs()
+        };
+        let grown: Vec<_> = (0..7).map(|_| rest(&load)).collect();
+        assert_eq!(grown, [1, 2, 4, 8, 16, 30, 30]);
+        load.reached();
+        assert_eq!(rest(&load), 1);
     }
 }

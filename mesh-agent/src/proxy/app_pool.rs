@@ -70,7 +70,7 @@ pub(super) struct Lease {
 }
 
 impl Lease {
-    pub(super) fn give_back(self: Box<Self>) {
+    pub(super) fn give_back(self) {
         if self.sender.is_closed() {
             return;
         }

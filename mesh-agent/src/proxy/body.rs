@@ -246,7 +246,7 @@ impl Body {
             tail.finish();
         }
         if let Held::App(lease) = std::mem::take(&mut self.held) {
-            lease.give_back();
+            (*lease).give_back();
         }
     }
 }

@@ -137,7 +137,7 @@ impl Door {
         // The other agent connects from its workload's own address, and knows the client's port there. Agents of
         // other projects do not tell it.
         let mut client = self.caller.client;
-        client.set_port(port(headers, &headers::CLIENT).unwrap_or(client.port()));
+        client.set_port(port(headers, &headers::CLIENT).unwrap_or_else(|| client.port()));
         Caller {
             client,
             service: headers

@@ -184,7 +184,7 @@ impl Proxy {
 
     /// Leaves an endpoint alone for a moment: it could not be reached.
     fn rest(&self, endpoint: &Endpoint) {
-        endpoint.load.rest(self.started.elapsed() + REST);
+        endpoint.load.rest(self.started.elapsed(), REST);
     }
 
     /// Takes one retry of the node's budget.

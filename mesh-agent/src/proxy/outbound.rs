@@ -58,7 +58,9 @@ pub(super) async fn serve(proxy: Arc<Proxy>, accepted: Accepted) {
     let mut client = Stream::Tcp(stream);
     let target = match proxy.store.load().destination(original) {
         Destination::Service(service, port) => Target::Service(service.key.clone(), port),
-        Destination::UnknownPort(_) => {
+        Destination::UnknownPort(service) => {
+            tracing::info!(%peer, workload = %local.uid, service = %service.key, port = original.port(),
+                "the service has no such port");
             client.reset();
             return;
         }
@@ -266,6 +268,7 @@ impl Outbound {
             let in_flight = endpoint.load.enter();
             match self.from(&source, service).stream(&way, endpoint.address).await {
                 Ok(stream) => {
+                    endpoint.load.reached();
                     let recorders = self.tcp_recorders(&snapshot, &way, endpoint, service);
                     let said = snapshot.target_protocol(endpoint.address);
                     let dest = match way {

@@ -185,10 +185,14 @@ impl<'a> Attempts<'a> {
                 Ok(response) => Failure::Status(response.status().as_u16()),
                 Err(error) => failure(error.kind),
             };
-            if let (Err(error), Some((endpoint, _))) = (&result, &tried.last)
-                && matches!(error.kind, Kind::Connect | Kind::PeerIdentity)
-            {
-                self.outbound.proxy.rest(endpoint);
+            match (&result, tried.last) {
+                (Ok(_), Some((endpoint, _))) => endpoint.load.reached(),
+                (Err(error), Some((endpoint, _)))
+                    if matches!(error.kind, Kind::Connect | Kind::PeerIdentity) =>
+                {
+                    self.outbound.proxy.rest(endpoint);
+                }
+                _ => {}
             }
             let replayable = replay.as_ref().is_none_or(Replayable::is_replayable);
             let decision = retry::decide(failure, &method, tried.tries, replayable, &self.plan.retry);
@@ -241,6 +245,7 @@ impl<'a> Attempts<'a> {
             let (endpoint, way) = self.next(tried)?;
             let error = match from.stream(&way, endpoint.address).await {
                 Ok(stream) => {
+                    endpoint.load.reached();
                     let Way::Local(dest) = &way else {
                         let held = tried.in_flight.take();
                         return upgrade::switch(stream, switching, from.life, None, held).await;
