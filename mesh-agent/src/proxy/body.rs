@@ -18,7 +18,7 @@ use tokio::time::Instant;
 use super::app_pool::Lease;
 use super::app_streams::Place;
 use super::context::Local;
-use super::mesh_pool::{Sending, StreamLease};
+use super::mesh_connection::{Sending, StreamLease};
 use super::mesh_stream::Receiving;
 use super::record::{Exchange, Tail};
 use super::replay::Replay;

@@ -1,38 +1,19 @@
 //! Pooled mTLS connections to the agents beside other workloads.
 //!
 //! Invariants: a connection is shared only by requests with the very same [`PeerKey`], compared field by field,
-//! never by hash; the certificate presented must be the identity in the key; streams are counted when they are
-//! opened; nothing here ever falls back to clear text.
+//! never by hash; nothing here ever falls back to clear text.
 
-use std::future::{Future as _, poll_fn};
-use std::net::{IpAddr, SocketAddr};
-use std::pin::pin;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Waker};
 use std::time::Duration;
 
-use bytes::Bytes;
-use h2::client::{self, SendRequest};
-use h2::{Reason, SendStream};
-use hashbrown::{Equivalent, HashMap};
-use http::{Request, Response};
-use http_body::Body as _;
-use tokio::task::JoinHandle;
+use hashbrown::HashMap;
 use tokio::time::Instant;
-use tokio_rustls::TlsConnector;
 
-use super::body::{Body, Held};
 use super::context::Local;
 use super::error::{Error, Kind};
-use super::failure;
-use super::mesh_stream::{self, CONNECTION_WINDOW, Duplex, FRAME_BUDGET, Receiving, STREAM_WINDOW};
-use super::message::Message;
-use super::serve::MAX_HEAD;
-use super::{CONNECT_TIMEOUT, HBONE_PORT, TlsParts};
-use crate::model::Identity;
-use crate::sock;
-use crate::tls::{self, Transport};
+use super::mesh_connection::{Connection, PeerKey, PeerRef, StreamLease};
+use super::{CONNECT_TIMEOUT, TlsParts};
 
 /// Streams on one connection before another is opened (ztunnel's default).
 const STREAMS_PER_CONNECTION: usize = 100;
@@ -40,49 +21,6 @@ const STREAMS_PER_CONNECTION: usize = 100;
 const CONNECTIONS_PER_PEER: usize = 16;
 /// How long a connection without streams is kept (ztunnel's default).
 const IDLE: Duration = Duration::from_secs(300);
-/// A peer that is gone without a word is noticed after these.
-const PING_EVERY: Duration = Duration::from_secs(10);
-const PING_ANSWER: Duration = Duration::from_secs(10);
-
-/// Everything that tells one peer, seen by one client, from another.
-#[derive(Debug, PartialEq, Eq, Hash)]
-pub(super) struct PeerKey {
-    /// The enrolment of the workload that it leaves from: a later one has another network namespace.
-    pub(super) source: u64,
-    pub(super) source_identity: Identity,
-    pub(super) peer_identity: Identity,
-    pub(super) address: IpAddr,
-}
-
-/// A [`PeerKey`] to look for: a request goes by without cloning what it names.
-#[derive(Debug, Hash)]
-pub(super) struct PeerRef<'a> {
-    // The order of fields is that of `PeerKey`: both must hash alike.
-    pub(super) source: u64,
-    pub(super) source_identity: &'a Identity,
-    pub(super) peer_identity: &'a Identity,
-    pub(super) address: IpAddr,
-}
-
-impl Equivalent<PeerKey> for PeerRef<'_> {
-    fn equivalent(&self, key: &PeerKey) -> bool {
-        self.source == key.source
-            && self.source_identity == &key.source_identity
-            && self.peer_identity == &key.peer_identity
-            && self.address == key.address
-    }
-}
-
-impl PeerRef<'_> {
-    fn key(&self) -> PeerKey {
-        PeerKey {
-            source: self.source,
-            source_identity: self.source_identity.clone(),
-            peer_identity: self.peer_identity.clone(),
-            address: self.address,
-        }
-    }
-}
 
 pub(super) struct MeshPool {
     peers: Mutex<HashMap<PeerKey, Arc<Peer>>>,
@@ -98,110 +36,11 @@ struct Peer {
     failures: AtomicU64,
 }
 
-struct Connection {
-    sender: SendRequest<Bytes>,
-    closed: Arc<AtomicBool>,
-    /// The peer is one of our own agents (ALPN `mesh-agent/1`) and takes requests as they are.
-    native: bool,
-    streams: AtomicUsize,
-    idle_since: Mutex<Instant>,
-}
-
-/// One stream's place on a connection.
-pub(super) struct StreamLease(Arc<Connection>);
-
-impl std::fmt::Debug for StreamLease {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("StreamLease")
-            .field("native", &self.0.native)
-            .finish_non_exhaustive()
-    }
-}
-
 impl std::fmt::Debug for MeshPool {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("MeshPool")
             .field("peers", &lock(&self.peers).len())
             .finish_non_exhaustive()
-    }
-}
-
-impl StreamLease {
-    /// Whether the peer takes requests as they are; otherwise only CONNECT.
-    pub(super) fn native(&self) -> bool {
-        self.0.native
-    }
-
-    /// Sends a request; gives it back when it was certainly not sent.
-    pub(super) async fn send(
-        self,
-        message: Box<Message>,
-    ) -> Result<Response<Body>, (Error, Option<Box<Message>>)> {
-        let mut sender = match self.ready().await {
-            Ok(sender) => sender,
-            Err(error) => return Err((error, Some(message))),
-        };
-        let Message { parts, body, .. } = *message;
-        let head = Request::from_parts(parts, ());
-        let ended = body.is_end_stream();
-        let sent = sender.send_request(head, ended);
-        let (response, stream) = sent.map_err(|error| (failure::of_h2(error), None))?;
-        let sending = (!ended).then(|| Sending::start(body, stream)).flatten();
-        let response = response.await.map_err(|error| (failure::of_h2(error), None))?;
-        let (head, stream) = response.into_parts();
-        let body = Body::receiving(Receiving::new(&head.headers, stream));
-        Ok(Response::from_parts(
-            head,
-            body.holding(Held::Mesh(self, sending)),
-        ))
-    }
-
-    /// Opens a byte stream with a `CONNECT` request.
-    pub(super) async fn open(&self, head: Request<()>) -> Result<(Response<()>, Duplex), Error> {
-        let mut sender = self.ready().await?;
-        let (response, send) = sender.send_request(head, false).map_err(failure::of_h2)?;
-        let (head, receive) = response.await.map_err(failure::of_h2)?.into_parts();
-        Ok((Response::from_parts(head, ()), Duplex::new(send, receive)))
-    }
-
-    async fn ready(&self) -> Result<SendRequest<Bytes>, Error> {
-        let mut sender = self.0.sender.clone();
-        match poll_fn(|cx| sender.poll_ready(cx)).await {
-            Ok(()) => Ok(sender),
-            Err(error) => {
-                // It has ended, or its peer takes no more streams: nobody is to be sent here again.
-                self.0.closed.store(true, Ordering::Relaxed);
-                Err(failure::of_h2(error))
-            }
-        }
-    }
-}
-
-/// A request's body on its way; dropping it gives the stream up.
-#[derive(Debug)]
-pub(super) struct Sending(JoinHandle<()>);
-
-impl Sending {
-    /// `None` when all could be sent at once.
-    fn start(body: Body, stream: SendStream<Bytes>) -> Option<Self> {
-        let mut sending = Box::pin(mesh_stream::send(body, stream, Reason::CANCEL));
-        // A task of its own only for what has to wait; its first poll there asks to be woken.
-        let first = sending.as_mut().poll(&mut Context::from_waker(Waker::noop()));
-        first.is_pending().then(|| Self(tokio::spawn(sending)))
-    }
-}
-
-impl Drop for Sending {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
-impl Drop for StreamLease {
-    fn drop(&mut self) {
-        if self.0.streams.fetch_sub(1, Ordering::Relaxed) == 1 {
-            *lock(&self.0.idle_since) = Instant::now();
-        }
     }
 }
 
@@ -240,11 +79,7 @@ impl MeshPool {
         let now = Instant::now();
         lock(&self.peers).retain(|_, peer| {
             let mut connections = lock(&peer.connections);
-            connections.retain(|connection| {
-                let idle = connection.streams.load(Ordering::Relaxed) == 0
-                    && now.duration_since(*lock(&connection.idle_since)) > IDLE;
-                !connection.closed.load(Ordering::Relaxed) && !idle
-            });
+            connections.retain(|connection| !connection.is_closed() && !connection.is_idle(now, IDLE));
             // Somebody who holds the peer may be connecting just now.
             !connections.is_empty() || Arc::strong_count(peer) > 1
         });
@@ -298,7 +133,11 @@ impl Connector {
         // first had less time than a handshake takes.
         let connecting = tokio::spawn(async move {
             let _gate = gate;
-            let connected = tokio::time::timeout(CONNECT_TIMEOUT, self.connect()).await;
+            let connected = tokio::time::timeout(
+                CONNECT_TIMEOUT,
+                Connection::open(&self.tls, &self.key, &self.local),
+            )
+            .await;
             let connected =
                 connected.unwrap_or_else(|_| Err(Error::new(Kind::Connect, "mTLS connect timed out")));
             connected
@@ -312,10 +151,10 @@ impl Connector {
 
     fn keep(&self, connection: Connection) -> StreamLease {
         self.tls.metrics.agent().upstream_connects.inc();
-        let lease = StreamLease(Arc::new(connection));
+        let lease = StreamLease::first(connection);
         // Nothing is kept for a workload that was released meanwhile.
         if !self.local.is_released() {
-            lock(&self.peer.connections).push(Arc::clone(&lease.0));
+            lock(&self.peer.connections).push(Arc::clone(lease.connection()));
         }
         lease
     }
@@ -331,76 +170,14 @@ impl Connector {
         }
         agent.upstream_connect_failures.inc();
     }
-
-    async fn connect(&self) -> Result<Connection, Error> {
-        let key = &self.key;
-        let config = tls::client_config(&self.tls.identities, &key.source_identity, &key.peer_identity)
-            .map_err(|cause| Error::new(Kind::Internal, cause))?;
-        let to = SocketAddr::new(key.address, HBONE_PORT);
-        let stream = sock::connect(&*self.local.namespace, to, None)
-            .await
-            .map_err(|cause| Error::new(Kind::Connect, cause))?;
-        let name = tls::server_name(key.address);
-        let stream = TlsConnector::from(config)
-            .connect(name, stream)
-            .await
-            .map_err(|cause| {
-                let stranger = tls::peer_error(&cause).is_some();
-                Error::new(
-                    if stranger {
-                        Kind::PeerIdentity
-                    } else {
-                        Kind::Connect
-                    },
-                    cause,
-                )
-            })?;
-        let native = Transport::negotiated(stream.get_ref().1.alpn_protocol()) == Some(Transport::Native);
-        let (sender, mut connection) = client::Builder::new()
-            .enable_push(false)
-            .initial_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW)
-            .data_frame_budget(FRAME_BUDGET)
-            .max_header_list_size(MAX_HEAD)
-            .handshake(stream)
-            .await
-            .map_err(|cause| Error::new(Kind::Connect, cause))?;
-        let closed = Arc::new(AtomicBool::new(false));
-        let ending = Arc::clone(&closed);
-        tokio::spawn(async move {
-            let unanswered = pin!(mesh_stream::unanswered(
-                connection.ping_pong(),
-                PING_EVERY,
-                PING_ANSWER
-            ));
-            tokio::select! {
-                ended = connection => tracing::debug!(?ended, peer = %to, "mTLS connection ended"),
-                () = unanswered => tracing::debug!(peer = %to, "the agent there no longer answers pings"),
-            }
-            ending.store(true, Ordering::Relaxed);
-        });
-        Ok(Connection {
-            sender,
-            closed,
-            native,
-            streams: AtomicUsize::new(1),
-            idle_since: Mutex::new(Instant::now()),
-        })
-    }
 }
 
 impl Peer {
     fn lease(&self, limit: usize) -> Option<StreamLease> {
         let mut connections = lock(&self.connections);
-        connections.retain(|connection| !connection.closed.load(Ordering::Relaxed));
-        let connection = connections
-            .iter()
-            .min_by_key(|c| c.streams.load(Ordering::Relaxed))?;
-        if connection.streams.load(Ordering::Relaxed) >= limit {
-            return None;
-        }
-        connection.streams.fetch_add(1, Ordering::Relaxed);
-        Some(StreamLease(Arc::clone(connection)))
+        connections.retain(|connection| !connection.is_closed());
+        let connection = connections.iter().min_by_key(|connection| connection.streams())?;
+        (connection.streams() < limit).then(|| StreamLease::on(connection))
     }
 }
 
@@ -412,6 +189,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 mod tests {
     use std::collections::BTreeSet;
     use std::io;
+    use std::net::{IpAddr, SocketAddr};
 
     use prometheus_client::registry::Registry;
     use tokio::net::{TcpListener, TcpSocket, UdpSocket};
@@ -425,8 +203,10 @@ mod tests {
     use crate::lanes::Lanes;
     use crate::metrics::Metrics;
     use crate::model::{MtlsMode, MtlsPolicy, OnAgentDown, Snapshot, Workload};
+    use crate::proxy::HBONE_PORT;
     use crate::sock::{Egress, Namespace};
     use crate::store::Store;
+    use crate::tls;
 
     const CLIENT: &str = "spiffe://cluster.local/ns/shop/sa/client";
     const SERVER: &str = "spiffe://cluster.local/ns/shop/sa/server";

@@ -22,6 +22,7 @@ mod headers;
 mod inbound;
 mod inbound_http;
 mod listener;
+mod mesh_connection;
 mod mesh_pool;
 mod mesh_serve;
 mod mesh_stream;

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
-use super::mesh_pool::StreamLease;
+use super::mesh_connection::StreamLease;
 use super::mesh_stream::Duplex;
 
 /// A message's head and a short body.

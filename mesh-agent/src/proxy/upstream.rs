@@ -16,7 +16,7 @@ use super::context::{Life, Local};
 use super::error::{Error, Kind};
 use super::headers;
 use super::inbound::{self, Caller};
-use super::mesh_pool::PeerRef;
+use super::mesh_connection::PeerRef;
 use super::message::Message;
 use super::recorders::Recorders;
 use super::stream::Stream;

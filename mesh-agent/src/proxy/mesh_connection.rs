@@ -1,0 +1,268 @@
+//! One pooled mTLS connection to the agent beside another workload, and the streams on it.
+//!
+//! Invariants: it is made for one [`PeerKey`], and the certificate presented must be the identity in it; streams are
+//! counted when they are opened.
+
+use std::future::{Future as _, poll_fn};
+use std::net::{IpAddr, SocketAddr};
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Waker};
+use std::time::Duration;
+
+use bytes::Bytes;
+use h2::client::{self, SendRequest};
+use h2::{Reason, SendStream};
+use hashbrown::Equivalent;
+use http::{Request, Response};
+use http_body::Body as _;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tokio_rustls::TlsConnector;
+
+use super::body::{Body, Held};
+use super::context::Local;
+use super::error::{Error, Kind};
+use super::failure;
+use super::mesh_stream::{self, CONNECTION_WINDOW, Duplex, FRAME_BUDGET, Receiving, STREAM_WINDOW};
+use super::message::Message;
+use super::serve::MAX_HEAD;
+use super::{HBONE_PORT, TlsParts};
+use crate::model::Identity;
+use crate::sock;
+use crate::tls::{self, Transport};
+
+/// A peer that is gone without a word is noticed after these.
+const PING_EVERY: Duration = Duration::from_secs(10);
+const PING_ANSWER: Duration = Duration::from_secs(10);
+
+/// Everything that tells one peer, seen by one client, from another.
+#[derive(Debug, PartialEq, Eq, Hash)]
+pub(super) struct PeerKey {
+    /// The enrolment of the workload that it leaves from: a later one has another network namespace.
+    pub(super) source: u64,
+    pub(super) source_identity: Identity,
+    pub(super) peer_identity: Identity,
+    pub(super) address: IpAddr,
+}
+
+/// A [`PeerKey`] to look for: a request goes by without cloning what it names.
+#[derive(Debug, Hash)]
+pub(super) struct PeerRef<'a> {
+    // The order of fields is that of `PeerKey`: both must hash alike.
+    pub(super) source: u64,
+    pub(super) source_identity: &'a Identity,
+    pub(super) peer_identity: &'a Identity,
+    pub(super) address: IpAddr,
+}
+
+impl Equivalent<PeerKey> for PeerRef<'_> {
+    fn equivalent(&self, key: &PeerKey) -> bool {
+        self.source == key.source
+            && self.source_identity == &key.source_identity
+            && self.peer_identity == &key.peer_identity
+            && self.address == key.address
+    }
+}
+
+impl PeerRef<'_> {
+    pub(super) fn key(&self) -> PeerKey {
+        PeerKey {
+            source: self.source,
+            source_identity: self.source_identity.clone(),
+            peer_identity: self.peer_identity.clone(),
+            address: self.address,
+        }
+    }
+}
+
+pub(super) struct Connection {
+    sender: SendRequest<Bytes>,
+    closed: Arc<AtomicBool>,
+    /// The peer is one of our own agents (ALPN `mesh-agent/1`) and takes requests as they are.
+    native: bool,
+    streams: AtomicUsize,
+    idle_since: Mutex<Instant>,
+}
+
+/// One stream's place on a connection.
+pub(super) struct StreamLease(Arc<Connection>);
+
+impl std::fmt::Debug for StreamLease {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("StreamLease")
+            .field("native", &self.0.native)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Connection {
+    /// Connects from `local` to the peer that `key` names, and to nobody else.
+    pub(super) async fn open(tls: &TlsParts, key: &PeerKey, local: &Local) -> Result<Self, Error> {
+        let config = tls::client_config(&tls.identities, &key.source_identity, &key.peer_identity)
+            .map_err(|cause| Error::new(Kind::Internal, cause))?;
+        let to = SocketAddr::new(key.address, HBONE_PORT);
+        let stream = sock::connect(&*local.namespace, to, None)
+            .await
+            .map_err(|cause| Error::new(Kind::Connect, cause))?;
+        let name = tls::server_name(key.address);
+        let stream = TlsConnector::from(config)
+            .connect(name, stream)
+            .await
+            .map_err(|cause| {
+                let stranger = tls::peer_error(&cause).is_some();
+                Error::new(
+                    if stranger {
+                        Kind::PeerIdentity
+                    } else {
+                        Kind::Connect
+                    },
+                    cause,
+                )
+            })?;
+        let native = Transport::negotiated(stream.get_ref().1.alpn_protocol()) == Some(Transport::Native);
+        let (sender, mut connection) = client::Builder::new()
+            .enable_push(false)
+            .initial_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .data_frame_budget(FRAME_BUDGET)
+            .max_header_list_size(MAX_HEAD)
+            .handshake(stream)
+            .await
+            .map_err(|cause| Error::new(Kind::Connect, cause))?;
+        let closed = Arc::new(AtomicBool::new(false));
+        let ending = Arc::clone(&closed);
+        tokio::spawn(async move {
+            let unanswered = pin!(mesh_stream::unanswered(
+                connection.ping_pong(),
+                PING_EVERY,
+                PING_ANSWER
+            ));
+            tokio::select! {
+                ended = connection => tracing::debug!(?ended, peer = %to, "mTLS connection ended"),
+                () = unanswered => tracing::debug!(peer = %to, "the agent there no longer answers pings"),
+            }
+            ending.store(true, Ordering::Relaxed);
+        });
+        Ok(Self {
+            sender,
+            closed,
+            native,
+            // That of who made it.
+            streams: AtomicUsize::new(1),
+            idle_since: Mutex::new(Instant::now()),
+        })
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn streams(&self) -> usize {
+        self.streams.load(Ordering::Relaxed)
+    }
+
+    /// Nothing has gone over it for so long.
+    pub(super) fn is_idle(&self, now: Instant, idle: Duration) -> bool {
+        self.streams() == 0 && now.duration_since(*lock(&self.idle_since)) > idle
+    }
+}
+
+impl StreamLease {
+    /// The first one, which a new connection is made for.
+    pub(super) fn first(connection: Connection) -> Self {
+        Self(Arc::new(connection))
+    }
+
+    /// One more.
+    pub(super) fn on(connection: &Arc<Connection>) -> Self {
+        connection.streams.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(connection))
+    }
+
+    pub(super) fn connection(&self) -> &Arc<Connection> {
+        &self.0
+    }
+
+    /// Whether the peer takes requests as they are; otherwise only CONNECT.
+    pub(super) fn native(&self) -> bool {
+        self.0.native
+    }
+
+    /// Sends a request; gives it back when it was certainly not sent.
+    pub(super) async fn send(
+        self,
+        message: Box<Message>,
+    ) -> Result<Response<Body>, (Error, Option<Box<Message>>)> {
+        let mut sender = match self.ready().await {
+            Ok(sender) => sender,
+            Err(error) => return Err((error, Some(message))),
+        };
+        let Message { parts, body, .. } = *message;
+        let head = Request::from_parts(parts, ());
+        let ended = body.is_end_stream();
+        let sent = sender.send_request(head, ended);
+        let (response, stream) = sent.map_err(|error| (failure::of_h2(error), None))?;
+        let sending = (!ended).then(|| Sending::start(body, stream)).flatten();
+        let response = response.await.map_err(|error| (failure::of_h2(error), None))?;
+        let (head, stream) = response.into_parts();
+        let body = Body::receiving(Receiving::new(&head.headers, stream));
+        Ok(Response::from_parts(
+            head,
+            body.holding(Held::Mesh(self, sending)),
+        ))
+    }
+
+    /// Opens a byte stream with a `CONNECT` request.
+    pub(super) async fn open(&self, head: Request<()>) -> Result<(Response<()>, Duplex), Error> {
+        let mut sender = self.ready().await?;
+        let (response, send) = sender.send_request(head, false).map_err(failure::of_h2)?;
+        let (head, receive) = response.await.map_err(failure::of_h2)?.into_parts();
+        Ok((Response::from_parts(head, ()), Duplex::new(send, receive)))
+    }
+
+    async fn ready(&self) -> Result<SendRequest<Bytes>, Error> {
+        let mut sender = self.0.sender.clone();
+        match poll_fn(|cx| sender.poll_ready(cx)).await {
+            Ok(()) => Ok(sender),
+            Err(error) => {
+                // It has ended, or its peer takes no more streams: nobody is to be sent here again.
+                self.0.closed.store(true, Ordering::Relaxed);
+                Err(failure::of_h2(error))
+            }
+        }
+    }
+}
+
+/// A request's body on its way; dropping it gives the stream up.
+#[derive(Debug)]
+pub(super) struct Sending(JoinHandle<()>);
+
+impl Sending {
+    /// `None` when all could be sent at once.
+    fn start(body: Body, stream: SendStream<Bytes>) -> Option<Self> {
+        let mut sending = Box::pin(mesh_stream::send(body, stream, Reason::CANCEL));
+        // A task of its own only for what has to wait; its first poll there asks to be woken.
+        let first = sending.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+        first.is_pending().then(|| Self(tokio::spawn(sending)))
+    }
+}
+
+impl Drop for Sending {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Drop for StreamLease {
+    fn drop(&mut self) {
+        if self.0.streams.fetch_sub(1, Ordering::Relaxed) == 1 {
+            *lock(&self.0.idle_since) = Instant::now();
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
