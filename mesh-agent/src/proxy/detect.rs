@@ -9,10 +9,11 @@ use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use bytes::{Buf, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 
 use super::first_line::{Begun, FirstLine, Line};
+use super::stream::Stream;
 
 /// The longest request line that detection waits for (Envoy's inspector stops at the same).
 pub(super) const MAX_SNIFF: usize = 8 * 1024;
@@ -149,6 +150,18 @@ impl<S: AsyncRead + Unpin> Prefixed<S> {
         const STEP: usize = 2048;
         self.prefix.reserve(STEP);
         self.stream.read_buf(&mut self.prefix).await
+    }
+}
+
+impl Prefixed<Stream> {
+    /// What came next, uncopied; nothing at the end.
+    pub(super) fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Bytes>> {
+        let chunk = if self.prefix.is_empty() {
+            ready!(self.stream.poll_chunk(cx))?
+        } else {
+            std::mem::take(&mut self.prefix).freeze()
+        };
+        Poll::Ready(self.watch(&chunk).map(|()| chunk))
     }
 }
 

@@ -25,7 +25,9 @@ use super::body::{Body, Held};
 use super::context::Local;
 use super::error::{Error, Kind};
 use super::failure;
-use super::mesh_stream::{self, CONNECTION_WINDOW, Duplex, FRAME_BUDGET, Receiving, STREAM_WINDOW};
+use super::mesh_stream::{
+    self, CONNECTION_WINDOW, Duplex, FRAME_BUDGET, MAX_FRAME, Receiving, STREAM_WINDOW,
+};
 use super::message::Message;
 use super::serve::MAX_HEAD;
 use super::{HBONE_PORT, TlsParts};
@@ -126,6 +128,7 @@ impl Connection {
             .enable_push(false)
             .initial_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_frame_size(MAX_FRAME)
             .data_frame_budget(FRAME_BUDGET)
             .max_header_list_size(MAX_HEAD)
             .handshake(stream)

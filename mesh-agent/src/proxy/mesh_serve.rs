@@ -15,7 +15,7 @@ use http_body::Body as _;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::body::Body;
-use super::mesh_stream::{self, CONNECTION_WINDOW, FRAME_BUDGET, STREAM_WINDOW};
+use super::mesh_stream::{self, CONNECTION_WINDOW, FRAME_BUDGET, MAX_FRAME, STREAM_WINDOW};
 use super::serve::{MAX_HEAD, MAX_OUR_RESETS, MAX_PENDING_RESETS, MAX_STREAMS, PING_ANSWER, PING_EVERY};
 use crate::drain::DrainWatcher;
 
@@ -33,6 +33,7 @@ pub(super) async fn serve<I, F>(
     let handshake = server::Builder::new()
         .initial_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_frame_size(MAX_FRAME)
         .data_frame_budget(FRAME_BUDGET)
         .max_concurrent_streams(MAX_STREAMS)
         .max_header_list_size(MAX_HEAD)

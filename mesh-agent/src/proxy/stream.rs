@@ -1,18 +1,27 @@
 //! A byte stream to or from a peer, however it travels.
 
+use std::cell::RefCell;
 use std::io;
-use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use bytes::{Buf as _, Bytes, BytesMut};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
 use super::mesh_connection::StreamLease;
-use super::mesh_stream::Duplex;
+use super::mesh_stream::{Duplex, MAX_FRAME};
 
 /// A message's head and a short body.
 const SMALL: usize = 2048;
+/// With less room than this left, a chunk's buffer is given up for a new one.
+const LEAST_CHUNK: usize = 16 * 1024;
+
+thread_local! {
+    /// Where the thread's sockets are read into: what a chunk leaves of it serves the next.
+    static CHUNKS: RefCell<BytesMut> = RefCell::default();
+}
 
 /// Either a socket or a stream inside a pooled mTLS connection. Neither holds back what is written to it.
 #[derive(Debug)]
@@ -43,6 +52,32 @@ impl Stream {
                 Ok(Some(_)) | Err(_) => Poll::Ready(()),
             },
             Self::Tunnel(tunnel) => tunnel.io.poll_broken(cx),
+        }
+    }
+
+    /// What came next, uncopied; nothing at the end.
+    pub(super) fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Bytes>> {
+        match self {
+            Self::Tcp(stream) => CHUNKS.with_borrow_mut(|room| {
+                if room.capacity() < LEAST_CHUNK {
+                    room.reserve(MAX_FRAME as usize);
+                }
+                ready!(pin!(stream.read_buf(room)).poll(cx))?;
+                Poll::Ready(Ok(room.split().freeze()))
+            }),
+            Self::Tunnel(tunnel) => tunnel.io.poll_chunk(cx),
+        }
+    }
+
+    /// Takes from the front of `bytes` as much as there is room for, uncopied, and says how much that was.
+    pub(super) fn poll_give(&mut self, cx: &mut Context<'_>, bytes: &mut Bytes) -> Poll<io::Result<usize>> {
+        match self {
+            Self::Tcp(stream) => {
+                let written = ready!(Pin::new(stream).poll_write(cx, bytes))?;
+                bytes.advance(written);
+                Poll::Ready(Ok(written))
+            }
+            Self::Tunnel(tunnel) => tunnel.io.poll_give(cx, bytes),
         }
     }
 

@@ -2,9 +2,8 @@
 //!
 //! Invariants: an end of stream one way is passed on and the other way goes on (half-close); what ends any other
 //! way, also by being dropped, resets both sides; a slow reader holds up its writer; bytes are counted as they are
-//! written; a connection that moves nothing holds no buffer (one per thread serves all).
+//! written; they are not copied on their way through; a connection that moves nothing holds no buffer.
 
-use std::cell::RefCell;
 use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
@@ -12,23 +11,17 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use bytes::{Buf, BytesMut};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use bytes::Bytes;
+use tokio::io::AsyncWrite;
 
 use super::detect::Prefixed;
 use super::stream::Stream;
 
-/// What one read takes at most.
-const BUFFER: usize = 64 * 1024;
 /// Reads of one direction before the others of the thread have their turn.
 const ROUNDS: usize = 8;
 
 /// How often a side that has ended is looked at for a reset.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-
-thread_local! {
-    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; BUFFER].into());
-}
 
 /// Bytes moved so far, seen from the client's side.
 #[derive(Debug, Default)]
@@ -123,7 +116,7 @@ impl FlowError {
 #[derive(Default)]
 struct Flow {
     /// Read, and not yet written.
-    rest: BytesMut,
+    rest: Bytes,
     ended: bool,
     shut: bool,
 }
@@ -140,63 +133,26 @@ impl Flow {
             if self.shut {
                 return Poll::Ready(Ok(()));
             }
-            ready!(self.poll_rest(cx, to, counter)).map_err(FlowError::To)?;
+            ready!(self.poll_rest(cx, to.get_mut(), counter)).map_err(FlowError::To)?;
             if self.ended {
                 return self.poll_shut(cx, to).map_err(FlowError::To);
             }
-            let moved = SCRATCH.with_borrow_mut(|scratch| self.poll_move(cx, (from, to), scratch, counter));
-            if moved?.is_pending() {
-                return Poll::Pending;
-            }
+            self.rest = ready!(from.poll_chunk(cx)).map_err(FlowError::From)?;
+            self.ended = self.rest.is_empty();
         }
         cx.waker().wake_by_ref();
         Poll::Pending
     }
 
-    /// Reads once and writes what it gave; what is not taken is kept.
-    fn poll_move(
-        &mut self,
-        cx: &mut Context<'_>,
-        (from, to): (&mut Prefixed<Stream>, &mut Prefixed<Stream>),
-        scratch: &mut [u8],
-        counter: &AtomicU64,
-    ) -> Result<Poll<()>, FlowError> {
-        let mut buffer = ReadBuf::new(scratch);
-        match Pin::new(from).poll_read(cx, &mut buffer) {
-            Poll::Pending => return Ok(Poll::Pending),
-            Poll::Ready(read) => read.map_err(FlowError::From)?,
-        }
-        let mut bytes = buffer.filled();
-        self.ended = bytes.is_empty();
-        while !bytes.is_empty() {
-            match Pin::new(&mut *to).poll_write(cx, bytes) {
-                Poll::Pending => {
-                    self.rest.extend_from_slice(bytes);
-                    break;
-                }
-                Poll::Ready(written) => {
-                    let n = written.and_then(some).map_err(FlowError::To)?;
-                    counter.fetch_add(n as u64, Ordering::Relaxed);
-                    bytes = &bytes[n..];
-                }
-            }
-        }
-        Ok(Poll::Ready(()))
-    }
-
     fn poll_rest(
         &mut self,
         cx: &mut Context<'_>,
-        to: &mut Prefixed<Stream>,
+        to: &mut Stream,
         counter: &AtomicU64,
     ) -> Poll<io::Result<()>> {
         while !self.rest.is_empty() {
-            let n = ready!(Pin::new(&mut *to).poll_write(cx, &self.rest)).and_then(some)?;
+            let n = ready!(to.poll_give(cx, &mut self.rest)).and_then(some)?;
             counter.fetch_add(n as u64, Ordering::Relaxed);
-            self.rest.advance(n);
-            if self.rest.is_empty() {
-                self.rest = BytesMut::new();
-            }
         }
         Poll::Ready(Ok(()))
     }
