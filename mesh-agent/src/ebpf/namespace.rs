@@ -88,11 +88,8 @@ impl Namespace for KernelNamespace {
 
 impl KernelNamespace {
     fn socket(&self, to: SocketAddr, kind: Type, protocol: Protocol) -> io::Result<Socket> {
-        let socket = self
-            .netns
-            .within(|| Socket::new(Domain::for_address(to), kind, Some(protocol)))??;
-        socket.set_nonblocking(true)?;
-        Ok(socket)
+        self.netns
+            .within(|| Socket::new(Domain::for_address(to), kind.nonblocking(), Some(protocol)))?
     }
 
     fn exempt(&self, socket: &Socket, present: Option<SocketAddr>) -> io::Result<Exemption> {

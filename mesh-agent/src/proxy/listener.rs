@@ -42,6 +42,9 @@ pub(super) async fn accept<F>(
 ) where
     F: Future<Output = ()> + Send + 'static,
 {
+    if let Err(error) = sock::tune(&listener) {
+        tracing::warn!(%error, workload = %local.uid, "cannot tune the listener's connections");
+    }
     let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         // The semaphore is never closed.
@@ -65,7 +68,6 @@ pub(super) async fn accept<F>(
         let Ok(address) = stream.local_addr() else {
             continue;
         };
-        let _ = sock::tune(&stream);
         let lane = lanes.next();
         let here = lane.is_here();
         let Ok(stream) = Moving::from(stream, here) else {
