@@ -10,6 +10,9 @@ import sys, grpc
 channel = grpc.insecure_channel(sys.argv[1])
 unary = channel.unary_unary("/echo.Echo/Unary")
 assert unary(b"hello", timeout=10) == b"hello"
+# More than a peer takes of empty frames on one connection.
+for n in range(200):
+    assert unary(b"again", timeout=10) == b"again"
 streaming = channel.stream_stream("/echo.Echo/Both")
 import queue
 sent = queue.Queue()

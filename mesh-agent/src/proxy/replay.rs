@@ -126,6 +126,8 @@ where
             Some(Ok(frame)) => {
                 if let Some(data) = frame.data_ref() {
                     shared.keep(data);
+                    // Else an empty frame would follow the last piece, which some peers take for an attack.
+                    shared.ended = shared.rest.is_end_stream();
                 } else if let Some(trailers) = frame.trailers_ref() {
                     shared.trailers = Some(trailers.clone());
                     shared.ended = true;
@@ -237,6 +239,10 @@ mod tests {
         ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
             Poll::Ready(self.0.pop_front().map(|chunk| Ok(Frame::data(chunk))))
         }
+
+        fn is_end_stream(&self) -> bool {
+            self.0.is_empty()
+        }
     }
 
     fn body(chunks: &[&'static str]) -> Replayable<Chunks> {
@@ -303,6 +309,18 @@ mod tests {
         assert!(second.is_end_stream());
         assert!(!first.is_end_stream(), "it has not sent the whole");
         assert!(body.is_replayable());
+    }
+
+    #[test]
+    fn the_last_piece_is_known_to_be_the_last() {
+        let body = body(&["one", "two"]);
+        for _ in 0..2 {
+            let tried = body.start();
+            next(&tried);
+            let ended_early = tried.is_end_stream();
+            next(&tried);
+            assert_eq!((ended_early, tried.is_end_stream()), (false, true));
+        }
     }
 
     #[test]
