@@ -41,6 +41,9 @@ const PEERS: [(&str, &str); 9] = [
     ("tcpdump", "tcpdump"),
 ];
 
+/// What the bench runs beside them.
+const BENCH: [(&str, &str); 2] = [("haproxy", "haproxy"), ("iperf3", "iperf3")];
+
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Only report what is there and what is missing; fails if something is.
@@ -57,10 +60,12 @@ pub(crate) enum Need {
     Lint,
     /// Servers, clients and tools that tests and the demo run.
     Peers,
+    /// Proxies to compare with, and a generator of bulk traffic.
+    Bench,
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let all = [Need::Build, Need::Lint, Need::Peers];
+    let all = [Need::Build, Need::Lint, Need::Peers, Need::Bench];
     let (found, plan) = examine(&all);
     for (what, place) in &found {
         eprintln!("    {what:<28} {}", place.display());
@@ -206,7 +211,8 @@ fn examine(needs: &[Need]) -> (Found, Plan) {
         match need {
             Need::Build => examine_build(&mut found, &mut plan),
             Need::Lint => examine_lint(&mut found, &mut plan),
-            Need::Peers => examine_peers(&mut found, &mut plan),
+            Need::Peers => examine_programs(&PEERS, &mut found, &mut plan),
+            Need::Bench => examine_programs(&BENCH, &mut found, &mut plan),
         }
     }
     (found, plan)
@@ -247,8 +253,8 @@ fn examine_lint(found: &mut Found, plan: &mut Plan) {
     }
 }
 
-fn examine_peers(found: &mut Found, plan: &mut Plan) {
-    for (name, package) in PEERS {
+fn examine_programs(programs: &[(&'static str, &'static str)], found: &mut Found, plan: &mut Plan) {
+    for &(name, package) in programs {
         match shell::program(name) {
             // A library is known by its package.
             Some(place) if name.starts_with('/') => found.push((package.to_owned(), place)),
