@@ -42,7 +42,7 @@ const PEERS: [(&str, &str); 9] = [
 ];
 
 /// What the bench runs beside them.
-const BENCH: [(&str, &str); 2] = [("haproxy", "haproxy"), ("iperf3", "iperf3")];
+const BENCH: [(&str, &str); 3] = [("haproxy", "haproxy"), ("iperf3", "iperf3"), ("nft", "nftables")];
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {

@@ -3,12 +3,14 @@
 use anyhow::{Context, Result};
 
 use crate::args::Effort;
+use crate::churn;
 use crate::generator::{self, Requests};
+use crate::idle;
 use crate::peer::{Peer, Peers};
 use crate::progress::Progress;
 use crate::proxies::Running;
 use crate::record::{Contestant, Load, Round, RowRecord, ScenarioRecord};
-use crate::scenario::{Door, Scenario, Unit, Work};
+use crate::scenario::{Door, Name, Scenario, Unit, Work};
 use crate::targets;
 use crate::world::World;
 
@@ -34,14 +36,24 @@ impl<'a> Contest<'a> {
         let mut line_up = self.scenario.peers.to_vec();
         line_up.retain(|peer| self.peers.has(*peer));
         let mut record = self.blank(&line_up);
+        let alone = match self.scenario.name {
+            Name::Idle => Some(idle::run(world, self.effort.rounds)),
+            Name::Churn => Some(churn::run(world)),
+            _ => None,
+        };
+        if let Some(figures) = alone {
+            record.figures = figures?;
+            record.verdicts = targets::judge(&record);
+            return Ok(record);
+        }
         let turns = self.effort.rounds * line_up.len();
         let mut progress = Progress::new(self.scenario.name, turns * self.scenario.rows.len());
         for round in 1..=self.effort.rounds {
             for peer in line_up.clone() {
                 progress.turn(round, peer);
                 if let Err(error) = self.turn(world, peer, &mut record, &mut progress) {
-                    let problem = format!("round {round}, {}: {error:#}", peer.title());
-                    eprintln!("\n    {problem}");
+                    let problem = format!("{}, round {round}: {error:#}", peer.title());
+                    progress.failed(&problem);
                     record.problems.push(problem);
                 }
             }
@@ -68,6 +80,7 @@ impl<'a> Contest<'a> {
             name: self.scenario.name,
             title: self.scenario.title,
             rows: rows.collect(),
+            figures: Vec::new(),
             verdicts: Vec::new(),
             problems: Vec::new(),
         }
@@ -84,20 +97,24 @@ impl<'a> Contest<'a> {
         let running = Running::start(peer, self.scenario.place, world, self.peers)
             .with_context(|| format!("cannot start {}", peer.title()));
         let outcome = running.and_then(|running| {
-            let mut measure = || {
-                for row in &mut record.rows {
-                    progress.row(&row.label);
-                    let round = self
-                        .measure(world, &running, row.work, row.rate)
-                        .with_context(|| row.label.clone())?;
-                    progress.done(round.load.per_second());
-                    row.contestant_mut(peer)?.rounds.push(round);
+            for row in &mut record.rows {
+                progress.row(&row.label);
+                match self.measure(world, &running, row.work, row.rate) {
+                    Ok(round) => {
+                        progress.done(round.load.per_second());
+                        row.contestant_mut(peer)?.rounds.push(round);
+                    }
+                    // The other rows may well work.
+                    Err(error) => {
+                        let problem = format!("{}: {}: {error:#}", peer.title(), row.label);
+                        progress.failed(&problem);
+                        if !record.problems.contains(&problem) {
+                            record.problems.push(problem);
+                        }
+                    }
                 }
-                Ok(())
-            };
-            let measured = measure();
-            running.stop()?;
-            measured
+            }
+            running.stop()
         });
         crate::proxies::stop_agents(world)?;
         outcome

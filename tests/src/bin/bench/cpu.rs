@@ -117,6 +117,11 @@ pub(crate) fn peak_rss(pid: Pid) -> Result<u64> {
     memory(pid, "VmHWM:")
 }
 
+/// The memory that a process holds now, in bytes.
+pub(crate) fn rss(pid: Pid) -> Result<u64> {
+    memory(pid, "VmRSS:")
+}
+
 fn memory(pid: Pid, field: &str) -> Result<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let kib = status
@@ -130,7 +135,8 @@ fn total(pids: &[Pid]) -> Result<f64> {
     pids.iter().map(|pid| cpu_time(*pid)).sum()
 }
 
-fn cpu_time(pid: Pid) -> Result<f64> {
+/// Seconds, of all threads.
+pub(crate) fn cpu_time(pid: Pid) -> Result<f64> {
     let clock = clock_getcpuclockid(pid).with_context(|| format!("{pid} is gone"))?;
     read_clock(clock).with_context(|| format!("{pid} is gone"))
 }

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use anyhow::Result;
 use mesh_tests::Process;
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, SanType};
 
 use crate::peer::{Peer, Peers};
 use crate::proxies::{spawn, wait_listening, write_config};
@@ -160,6 +160,8 @@ impl Authority {
     /// Envoy's `common_tls_context` with a certificate of its own.
     fn issue(&self, world: &World, name: &str, more: &str) -> Result<String> {
         let mut params = CertificateParams::default();
+        // Else it is called as its issuer is, and taken for a root.
+        params.distinguished_name.push(DnType::CommonName, name);
         let id = format!("spiffe://cluster.local/ns/shop/sa/{name}");
         params.subject_alt_names = vec![SanType::URI(id.try_into()?)];
         let key = KeyPair::generate()?;

@@ -5,10 +5,13 @@
 //! Figures are medians over the rounds. How it measures and what the columns mean: `mesh-agent/benches/README.md`.
 
 mod args;
+mod churn;
 mod contest;
 mod cpu;
+mod crowd;
 mod envoy;
 mod generator;
+mod idle;
 mod peer;
 mod progress;
 mod proxies;
@@ -19,6 +22,7 @@ mod stats;
 mod table;
 mod targets;
 mod world;
+mod ztunnel;
 
 use std::process::ExitCode;
 

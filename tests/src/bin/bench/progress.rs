@@ -52,6 +52,11 @@ impl Progress {
         }
     }
 
+    pub(crate) fn failed(&mut self, why: &str) {
+        self.done += 1;
+        eprintln!("FAILED\n      {why}");
+    }
+
     fn left(&self) -> Option<String> {
         let each = self
             .started

@@ -16,11 +16,12 @@ use crate::envoy;
 use crate::peer::{Peer, Peers};
 use crate::scenario::{Door, Place};
 use crate::world::{self, World};
+use crate::ztunnel;
 
 /// One data path thread, as all others.
 const AGENT_CONFIG: &str = "threads: 1\n";
 /// What a contestant may take to start or to end.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// One contestant at work. It ends with [`Running::stop`], the agents with [`stop_agents`].
 #[derive(Debug)]
@@ -43,7 +44,7 @@ impl Running {
             Peer::Nginx => vec![nginx(world, peers, place)?],
             Peer::Haproxy => vec![haproxy(world, peers, place)?],
             Peer::Envoy => envoy::start(world, peers, place)?,
-            Peer::Ztunnel => anyhow::bail!("not yet"),
+            Peer::Ztunnel => ztunnel::start(world, peers)?,
         };
         let mut running = Self {
             peer,
@@ -77,6 +78,7 @@ impl Running {
     fn pods<'w>(&self, world: &'w World) -> &'w world::Pods {
         match self.peer {
             Peer::Agent => &world.meshed,
+            Peer::Ztunnel => &world.redirected,
             _ => &world.plain,
         }
     }
@@ -124,12 +126,17 @@ pub(crate) fn stop_agents(world: &mut World) -> Result<()> {
     Ok(())
 }
 
-fn start_agents(world: &mut World) -> Result<()> {
+pub(crate) fn launch_agents(world: &mut World) -> Result<()> {
     let options = Options {
         config: AGENT_CONFIG.to_owned(),
         ..Options::default()
     };
-    world.mesh.start_agents(&options)?;
+    world.mesh.start_agents(&options)
+}
+
+/// With the client and the servers enrolled.
+pub(crate) fn start_agents(world: &mut World) -> Result<()> {
+    launch_agents(world)?;
     let pods = &world.meshed;
     for pod in [
         &pods.client,

@@ -36,9 +36,21 @@ pub(crate) struct ScenarioRecord {
     pub(crate) name: Name,
     pub(crate) title: &'static str,
     pub(crate) rows: Vec<RowRecord>,
+    /// Of scenarios that look at the agent alone.
+    pub(crate) figures: Vec<Figure>,
     pub(crate) verdicts: Vec<Verdict>,
     /// Turns that failed.
     pub(crate) problems: Vec<String>,
+}
+
+/// One figure of the agent, as often as it was measured.
+#[derive(Debug, Serialize)]
+pub(crate) struct Figure {
+    pub(crate) what: String,
+    pub(crate) unit: &'static str,
+    pub(crate) values: Vec<f64>,
+    /// At most.
+    pub(crate) target: Option<f64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -88,6 +100,17 @@ impl Record {
             versions: versions.collect(),
             missing: peers.missing.iter().cloned().collect(),
             scenarios: Vec::new(),
+        }
+    }
+}
+
+impl Figure {
+    pub(crate) fn new(what: &str, unit: &'static str, target: Option<f64>) -> Self {
+        Self {
+            what: what.to_owned(),
+            unit,
+            values: Vec::new(),
+            target,
         }
     }
 }

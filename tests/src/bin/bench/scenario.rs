@@ -12,6 +12,8 @@ pub(crate) enum Name {
     L4TwoNodes,
     Connect,
     FastPath,
+    Idle,
+    Churn,
 }
 
 /// Where the server is, as seen from the client.
@@ -147,7 +149,20 @@ fn all() -> Vec<Scenario> {
             peers: &[Peer::None, Peer::Agent],
             rows: vec![requests(Door::Tcp, 100, 32), requests(Door::Tcp, 100, 1)],
         },
+        alone(Name::Idle, "the agent's memory when nothing happens"),
+        alone(Name::Churn, "one endpoint changes among many"),
     ]
+}
+
+/// Looks at the agent alone: there are no turns.
+fn alone(name: Name, title: &'static str) -> Scenario {
+    Scenario {
+        name,
+        title,
+        place: Place::OtherNode,
+        peers: &[],
+        rows: Vec::new(),
+    }
 }
 
 fn bulk(flows: usize) -> Row {

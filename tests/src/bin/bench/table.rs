@@ -7,6 +7,7 @@ use crate::generator::Paced;
 use crate::peer::Peer;
 use crate::record::{Contestant, RowRecord, ScenarioRecord};
 use crate::scenario::Unit;
+use crate::stats::median;
 use crate::targets::{Bound, Verdict};
 
 /// Above these the figures of a run are doubtful: share of the CPUs that others used, and spread of the direct runs.
@@ -18,6 +19,25 @@ pub(crate) fn scenario(record: &ScenarioRecord, cpus: usize) -> String {
     for row in &record.rows {
         block(&mut text, row);
     }
+    if !record.figures.is_empty() {
+        text.push('\n');
+    }
+    for figure in &record.figures {
+        let middle = median(figure.values.iter().copied());
+        let least = figure.values.iter().copied().reduce(f64::min);
+        let greatest = figure.values.iter().copied().reduce(f64::max);
+        let range = match (least, greatest) {
+            (Some(least), Some(greatest)) if figure.values.len() > 1 => {
+                format!("({least:.1} to {greatest:.1} of {})", figure.values.len())
+            }
+            _ => String::new(),
+        };
+        let shown = shown(middle, 1);
+        line(
+            &mut text,
+            &format!("{:<62}{shown:>9} {:<3} {range}", figure.what, figure.unit),
+        );
+    }
     if !record.verdicts.is_empty() {
         text.push('\n');
     }
@@ -27,7 +47,9 @@ pub(crate) fn scenario(record: &ScenarioRecord, cpus: usize) -> String {
     for problem in &record.problems {
         line(&mut text, &coloured("1;31", &format!("FAILED {problem}")));
     }
-    noise(&mut text, record, cpus);
+    if !record.rows.is_empty() {
+        noise(&mut text, record, cpus);
+    }
     text
 }
 

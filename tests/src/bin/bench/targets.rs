@@ -3,8 +3,9 @@
 use serde::Serialize;
 
 use crate::peer::Peer;
-use crate::record::{RowRecord, ScenarioRecord};
+use crate::record::{Figure, RowRecord, ScenarioRecord};
 use crate::scenario::{Name, Unit, Work};
+use crate::stats::median;
 
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -33,26 +34,26 @@ impl Verdict {
 }
 
 /// A figure of one contestant in one row.
-type Figure = fn(&RowRecord, Peer) -> Option<f64>;
+type Measure = fn(&RowRecord, Peer) -> Option<f64>;
 
-const SYSTEM: (&str, Figure) = ("CPU of the whole system minus direct", |row, peer| {
+const SYSTEM: (&str, Measure) = ("CPU of the whole system minus direct", |row, peer| {
     row.added(peer)
 });
-const PROXY: (&str, Figure) = ("CPU of the proxy alone", |row, peer| {
+const PROXY: (&str, Measure) = ("CPU of the proxy alone", |row, peer| {
     row.contestant(peer)?.proxies()
 });
-const WHOLE: (&str, Figure) = ("CPU of the whole system", |row, peer| {
+const WHOLE: (&str, Measure) = ("CPU of the whole system", |row, peer| {
     row.contestant(peer)?.system()
 });
-const SPEED: (&str, Figure) = ("speed", |row, peer| row.contestant(peer)?.per_second());
-const PER_CPU_SECOND: (&str, Figure) = (
+const SPEED: (&str, Measure) = ("speed", |row, peer| row.contestant(peer)?.per_second());
+const PER_CPU_SECOND: (&str, Measure) = (
     "Gbit per CPU second of the whole system minus direct",
     |row, peer| Some(1.0 / row.added(peer)?),
 );
-const P50: (&str, Figure) = ("added p50", |row, peer| {
+const P50: (&str, Measure) = ("added p50", |row, peer| {
     added_latency(row, peer, |paced| paced.p50)
 });
-const P99: (&str, Figure) = ("added p99", |row, peer| {
+const P99: (&str, Measure) = ("added p99", |row, peer| {
     added_latency(row, peer, |paced| paced.p99)
 });
 
@@ -75,7 +76,17 @@ pub(crate) fn judge(record: &ScenarioRecord) -> Vec<Verdict> {
             .map(|row| ratio(row, SYSTEM, &[Peer::Ztunnel], 0.5))
             .collect(),
         Name::FastPath => rows.flat_map(fast_path).collect(),
+        Name::Idle | Name::Churn => record.figures.iter().filter_map(at_most).collect(),
     }
+}
+
+fn at_most(figure: &Figure) -> Option<Verdict> {
+    Some(Verdict {
+        what: format!("{}, {}", figure.what, figure.unit),
+        measured: median(figure.values.iter().copied()),
+        limit: figure.target?,
+        bound: Bound::AtMost,
+    })
 }
 
 fn l7_same_node(row: &RowRecord) -> Vec<Verdict> {
@@ -125,7 +136,7 @@ fn one_flow(bulk: &[&RowRecord]) -> Option<Verdict> {
 }
 
 /// Where more is better.
-fn ratio_over(row: &RowRecord, figure: (&str, Figure), peer: Peer, limit: f64) -> Verdict {
+fn ratio_over(row: &RowRecord, figure: (&str, Measure), peer: Peer, limit: f64) -> Verdict {
     Verdict {
         bound: Bound::AtLeast,
         ..ratio(row, figure, &[peer], limit)
@@ -133,7 +144,7 @@ fn ratio_over(row: &RowRecord, figure: (&str, Figure), peer: Peer, limit: f64) -
 }
 
 /// The agent's figure over the best one of the peers, all of whom have to have taken part.
-fn ratio(row: &RowRecord, (what, figure): (&str, Figure), peers: &[Peer], limit: f64) -> Verdict {
+fn ratio(row: &RowRecord, (what, figure): (&str, Measure), peers: &[Peer], limit: f64) -> Verdict {
     let theirs: Option<Vec<f64>> = peers.iter().map(|peer| figure(row, *peer)).collect();
     let best = theirs.and_then(|theirs| theirs.into_iter().min_by(f64::total_cmp));
     let names: Vec<&str> = peers.iter().map(|peer| peer.title()).collect();

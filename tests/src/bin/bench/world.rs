@@ -1,7 +1,7 @@
 //! The network, the pods with their servers, and the documents about them.
 //!
-//! There are two sets of pods that are alike: one that the agents enrol, and one that no document tells of, for the
-//! direct run and the peers. All servers run from the first turn to the last, the same for all contestants.
+//! There are three sets of pods that are alike: one that the agents enrol, one that no document tells of, for the
+//! direct run and the peers, and one where ztunnel's redirection is. All servers run from the first turn to the last, the same for all contestants.
 
 use std::fmt::Write;
 use std::fs;
@@ -25,6 +25,7 @@ pub(crate) struct World {
     pub(crate) mesh: Mesh,
     pub(crate) plain: Pods,
     pub(crate) meshed: Pods,
+    pub(crate) redirected: Pods,
 }
 
 #[derive(Debug)]
@@ -42,13 +43,39 @@ impl World {
             ..Options::default()
         };
         let mut mesh = Mesh::start(&options)?;
-        let plain = Pods::start(&mut mesh, |mesh, name, node| {
-            mesh.stranger(&format!("plain-{name}"), node)
-        })?;
+        let [plain, redirected] = ["plain", "redirected"].map(|kind| {
+            Pods::start(&mut mesh, |mesh, name, node| {
+                mesh.stranger(&format!("{kind}-{name}"), node)
+            })
+        });
         let meshed = Pods::start(&mut mesh, |mesh, name, node| mesh.pod(PodSpec::new(name, node)))?;
-        let world = Self { mesh, plain, meshed };
+        let world = Self {
+            mesh,
+            plain: plain?,
+            meshed,
+            redirected: redirected?,
+        };
         world.write_services()?;
         Ok(world)
+    }
+
+    /// Takes all documents away; the pods go on.
+    pub(crate) fn withdraw(&self) -> Result<()> {
+        for pod in self.meshed.all() {
+            self.mesh.withdraw(pod)?;
+        }
+        for name in ["service-near", "service-far", "service-near-two", "route"] {
+            self.mesh.remove(name)?;
+        }
+        Ok(())
+    }
+
+    /// Writes them again.
+    pub(crate) fn announce(&self) -> Result<()> {
+        for pod in self.meshed.all() {
+            self.mesh.announce(pod)?;
+        }
+        self.write_services()
     }
 
     fn write_services(&self) -> Result<()> {
@@ -79,6 +106,10 @@ impl Pods {
             serve(mesh, pod)?;
         }
         Ok(Self { client, near, far })
+    }
+
+    fn all(&self) -> [&Pod; 3] {
+        [&self.client, &self.near, &self.far]
     }
 
     pub(crate) fn server(&self, place: Place) -> &Pod {

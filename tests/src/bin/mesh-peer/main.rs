@@ -3,12 +3,14 @@
 //! `mesh-peer http|greeter|echo|dns NAME PORT` listens at all addresses, IPv4 and IPv6, and says so when it does;
 //! `mesh-peer front NAME PORT` is an HTTP server that answers with what the service `reviews` answers;
 //! `mesh-peer load URL [OPTIONS]` sends requests and prints a report as JSON; `mesh-peer paced URL [OPTIONS]` sends
-//! them at fixed times, whatever becomes of the earlier ones; `mesh-peer connects URL [OPTIONS]` one per connection.
+//! them at fixed times, whatever becomes of the earlier ones; `mesh-peer connects URL [OPTIONS]` one per
+//! connection; `mesh-peer hold URL [OPTIONS]` keeps connections open.
 
 mod client;
 mod connects;
 mod dns;
 mod front;
+mod hold;
 mod http;
 mod load;
 mod paced;
@@ -33,13 +35,14 @@ fn main() -> Result<()> {
         ["connects", url, ref options @ ..] => {
             single.enable_all().build()?.block_on(connects::run(url, options))
         }
+        ["hold", url, ref options @ ..] => single.enable_all().build()?.block_on(hold::run(url, options)),
         ["load", url, ref options @ ..] => threads.enable_all().build()?.block_on(load::run(url, options)),
         [kind, name, port] => threads
             .enable_all()
             .build()?
             .block_on(serve(kind, name, port.parse()?)),
         _ => bail!(
-            "usage: mesh-peer http|front|greeter|echo|dns NAME PORT | mesh-peer load|paced|connects URL [OPTIONS]"
+            "usage: mesh-peer http|front|greeter|echo|dns NAME PORT | mesh-peer load|paced|connects|hold URL [OPTIONS]"
         ),
     }
 }
