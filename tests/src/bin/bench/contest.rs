@@ -37,12 +37,15 @@ impl<'a> Contest<'a> {
         line_up.retain(|peer| self.peers.has(*peer));
         let mut record = self.blank(&line_up);
         let alone = match self.scenario.name {
-            Name::Idle => Some(idle::run(world, self.effort.rounds)),
-            Name::Churn => Some(churn::run(world)),
+            Name::Idle => Some(idle::run(world, self.effort.rounds, &mut record.figures)),
+            Name::Churn => Some(churn::run(world, &mut record.figures)),
             _ => None,
         };
-        if let Some(figures) = alone {
-            record.figures = figures?;
+        if let Some(outcome) = alone {
+            // What was measured before counts.
+            record
+                .problems
+                .extend(outcome.err().map(|error| format!("{error:#}")));
             record.verdicts = targets::judge(&record);
             return Ok(record);
         }

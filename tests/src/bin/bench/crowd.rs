@@ -17,20 +17,19 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The documents, as long as this lives.
 #[derive(Debug)]
-pub(crate) struct Crowd(PathBuf);
+pub(crate) struct Crowd(Vec<PathBuf>);
 
 impl Crowd {
-    /// One file per service: that is what changes at a time.
+    /// One file per service: that is what changes at a time. No agent runs yet, which would read them one by one.
     pub(crate) fn write(world: &World) -> Result<Self> {
-        let aside = world.mesh.run.dir().join("crowd");
-        fs::create_dir(&aside)?;
+        let folder = world.mesh.run.dir().join("resources");
+        let mut crowd = Self(Vec::with_capacity(SERVICES));
         for number in 0..SERVICES {
-            fs::write(aside.join(format!("service-{number}.yaml")), service(number)?)?;
+            let file = folder.join(format!("crowd-{number}.yaml"));
+            fs::write(&file, service(number)?)?;
+            crowd.0.push(file);
         }
-        let folder = world.mesh.run.dir().join("resources").join("crowd");
-        // All at once: an agent that runs reads them once.
-        fs::rename(aside, &folder)?;
-        Ok(Self(folder))
+        Ok(crowd)
     }
 
     /// Until the first node's agent knows them all.
@@ -47,8 +46,10 @@ impl Crowd {
 
 impl Drop for Crowd {
     fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir_all(&self.0) {
-            eprintln!("cannot remove {}: {error}", self.0.display());
+        for file in &self.0 {
+            if let Err(error) = fs::remove_file(file) {
+                eprintln!("cannot remove {}: {error}", file.display());
+            }
         }
     }
 }

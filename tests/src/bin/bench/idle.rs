@@ -21,31 +21,24 @@ const MOST_ROUNDS: usize = 3;
 const MB: f64 = 1e6;
 const KB: f64 = 1e3;
 
-pub(crate) fn run(world: &mut World, rounds: usize) -> Result<Vec<Figure>> {
+pub(crate) fn run(world: &mut World, rounds: usize, figures: &mut Vec<Figure>) -> Result<()> {
     let rounds = rounds.min(MOST_ROUNDS);
-    let mut figures = Vec::new();
     world.withdraw()?;
-    figures.push(resident(
-        world,
-        rounds,
-        "memory without any documents",
-        None,
-        |_| Ok(()),
-    )?);
-    figures.push(with_pods(world, rounds)?);
+    let bare = resident(world, rounds, "memory without any documents", None, |_| Ok(()));
+    let pods = with_pods(world, rounds);
     world.announce()?;
+    figures.extend([bare?, pods?]);
     for (protocol, door, target) in [("TCP", Door::Tcp, 8.0), ("HTTP", Door::Http, 24.0)] {
         figures.extend(connections(world, rounds, (protocol, door), target)?);
     }
-    let crowd = Crowd::write(world)?;
+    let _crowd = Crowd::write(world)?;
     let what = format!(
         "memory with {} services, {} endpoints",
         crowd::SERVICES,
         crowd::ENDPOINTS
     );
     figures.push(resident(world, rounds, &what, Some(100.0), Crowd::wait_known)?);
-    drop(crowd);
-    Ok(figures)
+    Ok(())
 }
 
 /// The first node's agent, once `ready`.

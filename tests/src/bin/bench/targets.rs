@@ -10,9 +10,12 @@ use crate::stats::median;
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Verdict {
+    /// Its row's label, if it is about one.
+    pub(crate) row: Option<String>,
     pub(crate) what: String,
-    /// `None`: somebody who is needed for it did not take part.
     pub(crate) measured: Option<f64>,
+    /// Why nothing is measured.
+    pub(crate) unknown: Option<String>,
     pub(crate) limit: f64,
     pub(crate) bound: Bound,
 }
@@ -82,8 +85,10 @@ pub(crate) fn judge(record: &ScenarioRecord) -> Vec<Verdict> {
 
 fn at_most(figure: &Figure) -> Option<Verdict> {
     Some(Verdict {
+        row: None,
         what: format!("{}, {}", figure.what, figure.unit),
         measured: median(figure.values.iter().copied()),
+        unknown: None,
         limit: figure.target?,
         bound: Bound::AtMost,
     })
@@ -128,6 +133,8 @@ fn one_flow(bulk: &[&RowRecord]) -> Option<Verdict> {
         row.contestant(Peer::Agent)?.per_second()
     };
     Some(Verdict {
+        row: None,
+        unknown: None,
         what: "Gbit/s of one flow, of eight flows'".to_owned(),
         measured: speed(1).zip(speed(8)).map(|(one, eight)| one / eight),
         limit: 1.0,
@@ -145,16 +152,21 @@ fn ratio_over(row: &RowRecord, figure: (&str, Measure), peer: Peer, limit: f64) 
 
 /// The agent's figure over the best one of the peers, all of whom have to have taken part.
 fn ratio(row: &RowRecord, (what, figure): (&str, Measure), peers: &[Peer], limit: f64) -> Verdict {
-    let theirs: Option<Vec<f64>> = peers.iter().map(|peer| figure(row, *peer)).collect();
-    let best = theirs.and_then(|theirs| theirs.into_iter().min_by(f64::total_cmp));
+    let theirs: Vec<Option<f64>> = peers.iter().map(|peer| figure(row, *peer)).collect();
+    let missing = peers.iter().zip(&theirs).find(|(_, figure)| figure.is_none());
+    let best = theirs.iter().copied().flatten().min_by(f64::total_cmp);
     let names: Vec<&str> = peers.iter().map(|peer| peer.title()).collect();
-    let measured = match (figure(row, Peer::Agent), best) {
-        (Some(ours), Some(best)) if best > 0.0 => Some(ours / best),
-        _ => None,
+    let (measured, unknown) = match (figure(row, Peer::Agent), missing, best) {
+        (None, ..) => (None, Some("the agent has no figure".to_owned())),
+        (_, Some((peer, _)), _) => (None, Some(format!("{} has no figure", peer.title()))),
+        (Some(ours), None, Some(best)) if best > 0.0 => (Some(ours / best), None),
+        _ => (None, Some("theirs is lost in the noise".to_owned())),
     };
     Verdict {
-        what: format!("{}: {what}, of {}'s", row.label, names.join(" or ")),
+        row: Some(row.label.clone()),
+        what: format!("{what}, of {}'s", names.join(" or ")),
         measured,
+        unknown,
         limit,
         bound: Bound::AtMost,
     }
