@@ -18,6 +18,10 @@ pub(crate) fn scenario(record: &ScenarioRecord, cpus: usize) -> String {
     let mut text = format!("\n{}\n", bold(&format!("{} · {}", name(record), record.title)));
     for row in &record.rows {
         block(&mut text, row);
+        let of_row = |verdict: &&Verdict| verdict.row.as_ref() == Some(&row.label);
+        for verdict in record.verdicts.iter().filter(of_row) {
+            line(&mut text, &format!("  {}", judged(verdict)));
+        }
     }
     if !record.figures.is_empty() {
         text.push('\n');
@@ -38,10 +42,8 @@ pub(crate) fn scenario(record: &ScenarioRecord, cpus: usize) -> String {
             &format!("{:<62}{shown:>9} {:<3} {range}", figure.what, figure.unit),
         );
     }
-    if !record.verdicts.is_empty() {
-        text.push('\n');
-    }
-    for verdict in &record.verdicts {
+    text.push('\n');
+    for verdict in record.verdicts.iter().filter(|verdict| verdict.row.is_none()) {
         line(&mut text, &judged(verdict));
     }
     for problem in &record.problems {
@@ -150,8 +152,9 @@ fn judged(verdict: &Verdict) -> String {
             format!("{mark} {measured:>6.2} {target:<15} {}", verdict.what)
         }
         _ => format!(
-            "– unknown       {target:<15} {}: a contestant is missing",
-            verdict.what
+            "– unknown        {target:<15} {}: {}",
+            verdict.what,
+            verdict.unknown.as_deref().unwrap_or("nothing was measured")
         ),
     }
 }
