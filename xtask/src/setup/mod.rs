@@ -42,7 +42,12 @@ const PEERS: [(&str, &str); 9] = [
 ];
 
 /// What the bench runs beside them.
-const BENCH: [(&str, &str); 3] = [("haproxy", "haproxy"), ("iperf3", "iperf3"), ("nft", "nftables")];
+const BENCH: [(&str, &str); 4] = [
+    ("haproxy", "haproxy"),
+    ("iperf3", "iperf3"),
+    ("nft", "nftables"),
+    ("perf", "linux-perf"),
+];
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {

@@ -22,6 +22,9 @@ pub(crate) struct Args {
     /// Fewer rounds and seconds; the same rows.
     #[arg(long)]
     pub(crate) quick: bool,
+    /// Also leave a flame graph of the agents for each row, beside the results.
+    #[arg(long)]
+    pub(crate) profile: bool,
     /// Turns of each contestant.
     #[arg(long)]
     pub(crate) rounds: Option<usize>,

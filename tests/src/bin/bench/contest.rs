@@ -1,12 +1,15 @@
 //! One scenario: rounds of turns, and what came of them.
 
+use std::path::PathBuf;
+
 use anyhow::{Context, Result};
 
-use crate::args::Effort;
+use crate::args::{Args, Effort};
 use crate::churn;
 use crate::generator::{self, Requests};
 use crate::idle;
 use crate::peer::{Peer, Peers};
+use crate::profile::profile;
 use crate::progress::Progress;
 use crate::proxies::Running;
 use crate::record::{Contestant, Load, Round, RowRecord, ScenarioRecord};
@@ -21,14 +24,17 @@ pub(crate) struct Contest<'a> {
     scenario: Scenario,
     peers: &'a Peers,
     effort: Effort,
+    /// Where flame graphs go, if they are wanted.
+    profiles: Option<PathBuf>,
 }
 
 impl<'a> Contest<'a> {
-    pub(crate) fn new(scenario: Scenario, peers: &'a Peers, effort: Effort) -> Self {
+    pub(crate) fn new(scenario: Scenario, peers: &'a Peers, args: &Args) -> Self {
         Self {
             scenario,
             peers,
-            effort,
+            effort: args.effort(),
+            profiles: args.profile.then(|| args.output.with_extension("profiles")),
         }
     }
 
@@ -132,6 +138,10 @@ impl<'a> Contest<'a> {
             let used = running.watched.since(&before)?;
             Ok(Load { count, used })
         };
+        let profiled = self
+            .profiles
+            .as_ref()
+            .filter(|_| running.is_agent() && rate.is_none());
         let mut paced = None;
         let load = match work {
             Work::Requests {
@@ -150,6 +160,12 @@ impl<'a> Contest<'a> {
                 requests.check()?;
                 requests.warm_up()?;
                 let load = timed(&|| Ok(requests.saturate(seconds)? as f64))?;
+                if let Some(folder) = profiled {
+                    let name = format!("{:?}-{door:?}-{bytes}-{connections}", self.scenario.name);
+                    let work = || requests.saturate(seconds + 1).map(|_answers| ());
+                    let graph = profile(&running.watched.proxies, &folder.join(name), seconds, work)?;
+                    eprint!("{} ... ", graph.display());
+                }
                 paced = rate.map(|rate| requests.pace(rate, seconds)).transpose()?;
                 load
             }

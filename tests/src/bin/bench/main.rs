@@ -13,6 +13,7 @@ mod envoy;
 mod generator;
 mod idle;
 mod peer;
+mod profile;
 mod progress;
 mod proxies;
 mod record;
@@ -54,7 +55,7 @@ fn run(args: &Args) -> Result<()> {
     let mut world = World::start()?;
     let interrupt = Interrupt::clean_up(&world.mesh.run)?;
     for scenario in scenarios {
-        let outcome = Contest::new(scenario, &peers, args.effort()).run(&mut world);
+        let outcome = Contest::new(scenario, &peers, args).run(&mut world);
         interrupt.check();
         record.scenarios.push(outcome?);
         // After each: a run that is broken off leaves what it has.

@@ -83,6 +83,10 @@ impl Running {
         }
     }
 
+    pub(crate) fn is_agent(&self) -> bool {
+        self.peer == Peer::Agent
+    }
+
     /// Where the load comes from.
     pub(crate) fn client<'w>(&self, world: &'w World) -> &'w Pod {
         &self.pods(world).client

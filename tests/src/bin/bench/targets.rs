@@ -159,7 +159,7 @@ fn ratio(row: &RowRecord, (what, figure): (&str, Measure), peers: &[Peer], limit
     let (measured, unknown) = match (figure(row, Peer::Agent), missing, best) {
         (None, ..) => (None, Some("the agent has no figure".to_owned())),
         (_, Some((peer, _)), _) => (None, Some(format!("{} has no figure", peer.title()))),
-        (Some(ours), None, Some(best)) if best > 0.0 => (Some(ours / best), None),
+        (Some(ours), None, Some(best)) if best > 0.0 => (Some((ours / best).max(0.0)), None),
         _ => (None, Some("theirs is lost in the noise".to_owned())),
     };
     Verdict {
