@@ -182,10 +182,16 @@ impl Pod {
         self.netns.command(&self.peer)
     }
 
+    /// `mesh-peer load`, to be run by something else.
+    pub fn load_command(&self, args: &[&str]) -> Command {
+        let mut command = self.peer_command();
+        command.arg("load").args(args);
+        command
+    }
+
     /// Runs `mesh-peer load` here and returns its report.
     pub fn load(&self, args: &[&str]) -> Result<serde_json::Value> {
-        let mut command = self.peer_command();
-        let report = shell::output(command.arg("load").args(args))?;
+        let report = shell::output(&mut self.load_command(args))?;
         serde_json::from_str(&report).with_context(|| format!("no report: {report}"))
     }
 }

@@ -26,7 +26,7 @@ const COMPILER_PACKAGES: [&str; 2] = ["rustc-web", "libstd-rust-web-dev-bpf"];
 const LINKER_PACKAGES: [&str; 2] = ["llvm-22-dev", "libpolly-22-dev"];
 
 /// The peers of the tests and the demo: a program or file that must be there, and the package that brings it.
-const PEERS: [(&str, &str); 9] = [
+const PEERS: [(&str, &str); 10] = [
     (
         "/usr/lib/python3/dist-packages/grpc/__init__.py",
         "python3-grpcio",
@@ -37,17 +37,13 @@ const PEERS: [(&str, &str); 9] = [
     ("ip", "iproute2"),
     ("nginx", "nginx-light"),
     ("openssl", "openssl"),
+    ("perf", "linux-perf"),
     ("ping", "iputils-ping"),
     ("tcpdump", "tcpdump"),
 ];
 
 /// What the bench runs beside them.
-const BENCH: [(&str, &str); 4] = [
-    ("haproxy", "haproxy"),
-    ("iperf3", "iperf3"),
-    ("nft", "nftables"),
-    ("perf", "linux-perf"),
-];
+const BENCH: [(&str, &str); 3] = [("haproxy", "haproxy"), ("iperf3", "iperf3"), ("nft", "nftables")];
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
