@@ -11,8 +11,8 @@ use crate::common::{WEB_V4, web_with};
 
 const REQUESTS: u64 = 2000;
 
-/// System calls per request of one agent, both directions. Measured: 6.05 to 6.10 at either end, namely a read, a
-/// write and a wait for each of the two connections. The rest is room for timers, not for one more call per request.
+/// System calls per request of one agent, both directions. Measured: 6.05 to 6.10 at either end; the rest is
+/// room for timers, not for one more call per request.
 const MOST_SYSTEM_CALLS: [(&str, f64); 2] = [("node-a", 6.5), ("node-b", 6.5)];
 
 #[test]
