@@ -197,6 +197,11 @@ fn nginx(world: &World, peers: &Peers, place: Place) -> Result<Process> {
     let client = &world.plain.client;
     let process = spawn(world, client, peers, Peer::Nginx, &["-e", "stderr", "-c", &file])?;
     wait_listening(client, world::sidecar(Door::Routed), &process)?;
+    // The master listens before there is a worker, whose time is what counts.
+    until("nginx's worker", PATIENCE, || {
+        let family = cpu::family(process.id()).ok()?;
+        (family.len() > 1).then_some(())
+    })?;
     Ok(process)
 }
 
