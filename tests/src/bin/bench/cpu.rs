@@ -112,6 +112,11 @@ pub(crate) fn family(parent: u32) -> Result<Vec<Pid>> {
         .collect())
 }
 
+/// Whether a process has ended and let go of its ports; its memory goes earlier.
+pub(crate) fn is_gone(pid: Pid) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z "))
+}
+
 /// The most memory that a process ever held, in bytes.
 pub(crate) fn peak_rss(pid: Pid) -> Result<u64> {
     memory(pid, "VmHWM:")

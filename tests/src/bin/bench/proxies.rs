@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use mesh_tests::{Options, Pod, Process, shell, until, until_ok};
-use nix::unistd::Pid;
 
 use crate::cpu::{self, Watched};
 use crate::envoy;
@@ -109,8 +108,7 @@ impl Running {
         drop(self.processes);
         let proxies = &self.watched.proxies;
         until("the proxies to end", PATIENCE, || {
-            let gone = |pid: &Pid| cpu::peak_rss(*pid).is_err();
-            proxies.iter().all(gone).then_some(())
+            proxies.iter().all(|pid| cpu::is_gone(*pid)).then_some(())
         })
     }
 
