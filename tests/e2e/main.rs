@@ -10,6 +10,7 @@
 
 mod cancel;
 mod common;
+mod counted;
 mod dns;
 mod fixture;
 mod grpc;

@@ -154,6 +154,11 @@ impl Pod {
         Ok(())
     }
 
+    /// The programs that were started in it.
+    pub fn process_ids(&self) -> impl Iterator<Item = u32> {
+        self.servers.iter().map(Process::id)
+    }
+
     /// SIGKILL for all its programs; the namespace stays.
     pub fn kill_servers(&mut self) {
         self.servers.clear();
@@ -172,10 +177,21 @@ impl Pod {
         parse(&shell::output(&mut command)?)
     }
 
+    /// `mesh-peer` in this pod.
+    pub fn peer_command(&self) -> Command {
+        self.netns.command(&self.peer)
+    }
+
+    /// `mesh-peer load`, to be run by something else.
+    pub fn load_command(&self, args: &[&str]) -> Command {
+        let mut command = self.peer_command();
+        command.arg("load").args(args);
+        command
+    }
+
     /// Runs `mesh-peer load` here and returns its report.
     pub fn load(&self, args: &[&str]) -> Result<serde_json::Value> {
-        let mut command = self.netns.command(&self.peer);
-        let report = shell::output(command.arg("load").args(args))?;
+        let report = shell::output(&mut self.load_command(args))?;
         serde_json::from_str(&report).with_context(|| format!("no report: {report}"))
     }
 }

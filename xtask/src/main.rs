@@ -1,5 +1,6 @@
 //! The project's automation, run as `cargo xtask COMMAND`; one file per command.
 
+mod bench;
 mod build_ebpf;
 mod ci;
 mod demo;
@@ -30,6 +31,9 @@ enum Command {
     BuildEbpf,
     /// Two nodes and a small shop on this machine: real traffic through the mesh, and what came of it.
     Demo(demo::Args),
+    /// The agent and other proxies side by side: speed, CPU and memory.
+    #[command(disable_help_flag = true)]
+    Bench(bench::Args),
     /// Check format, clippy for host and bpf target, dependencies, layers and budgets.
     Lint,
     /// Run every test, those too that need root, the kernel and network peers.
@@ -43,6 +47,7 @@ fn main() -> ExitCode {
         Command::Setup(args) => setup::run(&args),
         Command::BuildEbpf => build_ebpf::run(),
         Command::Demo(args) => demo::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Lint => lint::run(),
         Command::Test(args) => test::run(&args),
         Command::Ci => ci::run(),

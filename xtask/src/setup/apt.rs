@@ -15,7 +15,7 @@ const POLICY_NO: &str =
     "#!/bin/sh\n# Written by mesh-agent's `cargo xtask setup`, which removes it.\nexit 101\n";
 
 /// Services of packages that we install for their program alone: package and unit.
-const SERVICES: [(&str, &str); 1] = [("nginx-light", "nginx.service")];
+const SERVICES: [(&str, &str); 2] = [("haproxy", "haproxy.service"), ("nginx-light", "nginx.service")];
 
 /// Installs the packages. Nothing that is installed is removed for them.
 pub(super) fn install(packages: &[&str]) -> Result<()> {

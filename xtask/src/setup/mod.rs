@@ -26,7 +26,7 @@ const COMPILER_PACKAGES: [&str; 2] = ["rustc-web", "libstd-rust-web-dev-bpf"];
 const LINKER_PACKAGES: [&str; 2] = ["llvm-22-dev", "libpolly-22-dev"];
 
 /// The peers of the tests and the demo: a program or file that must be there, and the package that brings it.
-const PEERS: [(&str, &str); 9] = [
+const PEERS: [(&str, &str); 10] = [
     (
         "/usr/lib/python3/dist-packages/grpc/__init__.py",
         "python3-grpcio",
@@ -37,9 +37,13 @@ const PEERS: [(&str, &str); 9] = [
     ("ip", "iproute2"),
     ("nginx", "nginx-light"),
     ("openssl", "openssl"),
+    ("perf", "linux-perf"),
     ("ping", "iputils-ping"),
     ("tcpdump", "tcpdump"),
 ];
+
+/// What the bench runs beside them.
+const BENCH: [(&str, &str); 3] = [("haproxy", "haproxy"), ("iperf3", "iperf3"), ("nft", "nftables")];
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -57,10 +61,12 @@ pub(crate) enum Need {
     Lint,
     /// Servers, clients and tools that tests and the demo run.
     Peers,
+    /// Proxies to compare with, and a generator of bulk traffic.
+    Bench,
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let all = [Need::Build, Need::Lint, Need::Peers];
+    let all = [Need::Build, Need::Lint, Need::Peers, Need::Bench];
     let (found, plan) = examine(&all);
     for (what, place) in &found {
         eprintln!("    {what:<28} {}", place.display());
@@ -206,7 +212,8 @@ fn examine(needs: &[Need]) -> (Found, Plan) {
         match need {
             Need::Build => examine_build(&mut found, &mut plan),
             Need::Lint => examine_lint(&mut found, &mut plan),
-            Need::Peers => examine_peers(&mut found, &mut plan),
+            Need::Peers => examine_programs(&PEERS, &mut found, &mut plan),
+            Need::Bench => examine_programs(&BENCH, &mut found, &mut plan),
         }
     }
     (found, plan)
@@ -247,8 +254,8 @@ fn examine_lint(found: &mut Found, plan: &mut Plan) {
     }
 }
 
-fn examine_peers(found: &mut Found, plan: &mut Plan) {
-    for (name, package) in PEERS {
+fn examine_programs(programs: &[(&'static str, &'static str)], found: &mut Found, plan: &mut Plan) {
+    for &(name, package) in programs {
         match shell::program(name) {
             // A library is known by its package.
             Some(place) if name.starts_with('/') => found.push((package.to_owned(), place)),

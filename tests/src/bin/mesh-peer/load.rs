@@ -2,7 +2,7 @@
 //!
 //! `--connections N` (1) at the same time, each with one request after the other; `--requests N` (100) in all;
 //! `--rate N` per second at the most; `--method M` (GET, or POST with a body); `--body TEXT`;
-//! `--header NAME:VALUE`, any number; `--http2`; `--timeout-ms N` (10000) per request.
+//! `--body-file FILE`; `--header NAME:VALUE`, any number; `--http2`; `--timeout-ms N` (10000) per request.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -36,27 +36,30 @@ pub(crate) async fn run(url: &str, options: &[&str]) -> Result<()> {
 }
 
 /// What is to be sent.
-struct Plan {
+pub(crate) struct Plan {
     uri: Uri,
-    connections: u64,
+    pub(crate) connections: u64,
     requests: u64,
-    rate: Option<u64>,
+    pub(crate) rate: Option<u64>,
+    /// Of an open-loop run.
+    pub(crate) length: Duration,
     method: String,
     body: Bytes,
     headers: Vec<(HeaderName, HeaderValue)>,
     http2: bool,
-    timeout: Duration,
+    pub(crate) timeout: Duration,
     /// Requests that a worker has taken on.
     taken: AtomicU64,
 }
 
 impl Plan {
-    fn parse(url: &str, options: &[&str]) -> Result<Self> {
+    pub(crate) fn parse(url: &str, options: &[&str]) -> Result<Self> {
         let mut plan = Self {
             uri: url.parse()?,
             connections: 1,
             requests: 100,
             rate: None,
+            length: Duration::from_secs(1),
             method: String::new(),
             body: Bytes::new(),
             headers: Vec::new(),
@@ -79,6 +82,8 @@ impl Plan {
                 "--rate" => plan.rate = Some(value.parse()?),
                 "--method" => (*value).clone_into(&mut plan.method),
                 "--body" => plan.body = Bytes::copy_from_slice(value.as_bytes()),
+                "--body-file" => plan.body = std::fs::read(value)?.into(),
+                "--seconds" => plan.length = Duration::try_from_secs_f64(value.parse()?)?,
                 "--timeout-ms" => plan.timeout = Duration::from_millis(value.parse()?),
                 "--header" => {
                     let (name, value) = value.split_once(':').context("--header NAME:VALUE")?;
@@ -101,6 +106,16 @@ impl Plan {
             sleep_until(started + due).await;
         }
         number < self.requests
+    }
+
+    pub(crate) async fn connect(&self) -> Result<Connection> {
+        Connection::open(&self.uri, self.http2).await
+    }
+
+    /// Address and path; for who speaks HTTP on its own.
+    pub(crate) fn target(&self) -> Result<(&str, &str)> {
+        let authority = self.uri.authority().context("the URL has no host")?;
+        Ok((authority.as_str(), self.uri.path()))
     }
 
     fn request(&self) -> Result<Request<Full<Bytes>>> {
@@ -142,10 +157,10 @@ async fn work(plan: Arc<Plan>, started: Instant) -> Report {
 }
 
 /// One request on the connection that is open, else on a new one.
-async fn try_once(plan: &Plan, connection: &mut Option<Connection>) -> Result<Response<Bytes>> {
+pub(crate) async fn try_once(plan: &Plan, connection: &mut Option<Connection>) -> Result<Response<Bytes>> {
     let mut open = match connection.take() {
         Some(open) => open,
-        None => Connection::open(&plan.uri, plan.http2).await?,
+        None => plan.connect().await?,
     };
     let response = open.send(plan.request()?).await?;
     let close = response

@@ -2,13 +2,18 @@
 //!
 //! `mesh-peer http|greeter|echo|dns NAME PORT` listens at all addresses, IPv4 and IPv6, and says so when it does;
 //! `mesh-peer front NAME PORT` is an HTTP server that answers with what the service `reviews` answers;
-//! `mesh-peer load URL [OPTIONS]` sends requests and prints a report as JSON.
+//! `mesh-peer load URL [OPTIONS]` sends requests and prints a report as JSON; `mesh-peer paced URL [OPTIONS]` sends
+//! them at fixed times, whatever becomes of the earlier ones; `mesh-peer connects URL [OPTIONS]` one per
+//! connection; `mesh-peer hold URL [OPTIONS]` keeps connections open.
 
 mod client;
+mod connects;
 mod dns;
 mod front;
+mod hold;
 mod http;
 mod load;
+mod paced;
 mod tcp;
 
 use std::net::Ipv6Addr;
@@ -17,14 +22,28 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use tokio::net::TcpListener;
 
-#[tokio::main]
-async fn main() -> Result<()> {
+use tokio::runtime::Builder;
+
+fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    // What measures is to have no scheduler of its own between request and answer.
+    let mut single = Builder::new_current_thread();
+    let mut threads = Builder::new_multi_thread();
     match args[..] {
-        ["load", url, ref options @ ..] => load::run(url, options).await,
-        [kind, name, port] => serve(kind, name, port.parse()?).await,
-        _ => bail!("usage: mesh-peer http|front|greeter|echo|dns NAME PORT | mesh-peer load URL [OPTIONS]"),
+        ["paced", url, ref options @ ..] => single.enable_all().build()?.block_on(paced::run(url, options)),
+        ["connects", url, ref options @ ..] => {
+            single.enable_all().build()?.block_on(connects::run(url, options))
+        }
+        ["hold", url, ref options @ ..] => single.enable_all().build()?.block_on(hold::run(url, options)),
+        ["load", url, ref options @ ..] => threads.enable_all().build()?.block_on(load::run(url, options)),
+        [kind, name, port] => threads
+            .enable_all()
+            .build()?
+            .block_on(serve(kind, name, port.parse()?)),
+        _ => bail!(
+            "usage: mesh-peer http|front|greeter|echo|dns NAME PORT | mesh-peer load|paced|connects|hold URL [OPTIONS]"
+        ),
     }
 }
 

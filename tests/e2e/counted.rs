@@ -1,0 +1,64 @@
+//! What a request costs, counted and not timed: counts are the same on a busy machine and on a fast one.
+//!
+//! One request after the other, so that nothing is batched: the most that a request can need.
+
+use std::fs;
+use std::process::Command;
+
+use mesh_tests::{Options, shell};
+
+use crate::common::{WEB_V4, web_with};
+
+const REQUESTS: u64 = 2000;
+
+/// System calls per request of one agent, both directions. Measured: 6.05 to 6.10 at either end; the rest is
+/// room for timers, not for one more call per request.
+const MOST_SYSTEM_CALLS: [(&str, f64); 2] = [("node-a", 6.5), ("node-b", 6.5)];
+
+#[test]
+fn a_request_needs_few_system_calls() {
+    let one_lane = Options {
+        config: "threads: 1\n".to_owned(),
+        ..Options::default()
+    };
+    let mut web = web_with(&one_lane);
+    let url = format!("http://{WEB_V4}/status/200");
+    // Connections are made, certificates issued.
+    web.client.load(&[&url, "--requests", "100"]).unwrap();
+    let counts = MOST_SYSTEM_CALLS.map(|(node, _)| {
+        let agents = &mut web.mesh.agents;
+        let agent = agents.iter_mut().find(|agent| agent.node == node).unwrap();
+        let pid = agent.process().unwrap().id();
+        let load = web
+            .client
+            .load_command(&[&url, "--requests", &REQUESTS.to_string()]);
+        let counted = web.mesh.run.dir().join("counted");
+        let mut perf = Command::new("perf");
+        perf.args([
+            "stat",
+            "-x",
+            ",",
+            "-e",
+            "raw_syscalls:sys_enter",
+            "-p",
+            &pid.to_string(),
+            "-o",
+        ])
+        .arg(&counted)
+        .arg("--")
+        .arg(load.get_program())
+        .args(load.get_args());
+        let report = shell::output(&mut perf).unwrap();
+        assert!(report.contains(&format!("\"200\":{REQUESTS}")), "{report}");
+        let counted = fs::read_to_string(counted).unwrap();
+        let line = counted.lines().find(|line| line.contains("sys_enter"));
+        let count = line.and_then(|line| line.split(',').next()?.parse::<f64>().ok());
+        count.unwrap_or_else(|| panic!("perf counted nothing: {counted}")) / REQUESTS as f64
+    });
+    for ((node, most), count) in MOST_SYSTEM_CALLS.into_iter().zip(counts) {
+        assert!(
+            (1.0..most).contains(&count),
+            "{node}: {count} system calls per request, at most {most} are meant to be ({counts:?})"
+        );
+    }
+}

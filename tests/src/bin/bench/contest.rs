@@ -1,0 +1,205 @@
+//! One scenario: rounds of turns, and what came of them.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+
+use crate::args::{Args, Effort};
+use crate::churn;
+use crate::generator::{self, Requests};
+use crate::idle;
+use crate::peer::{Peer, Peers};
+use crate::profile::profile;
+use crate::progress::Progress;
+use crate::proxies::Running;
+use crate::record::{Contestant, Load, Round, RowRecord, ScenarioRecord};
+use crate::scenario::{Door, Name, Scenario, Unit, Work};
+use crate::targets;
+use crate::world::World;
+
+/// Of what the slowest can do, for the latencies at a fixed rate: all are well within what they can do.
+const PACE: f64 = 0.5;
+
+pub(crate) struct Contest<'a> {
+    scenario: Scenario,
+    peers: &'a Peers,
+    effort: Effort,
+    /// Where flame graphs go, if they are wanted.
+    profiles: Option<PathBuf>,
+}
+
+impl<'a> Contest<'a> {
+    pub(crate) fn new(scenario: Scenario, peers: &'a Peers, args: &Args) -> Self {
+        Self {
+            scenario,
+            peers,
+            effort: args.effort(),
+            profiles: args.profile.then(|| args.output.with_extension("profiles")),
+        }
+    }
+
+    pub(crate) fn run(&self, world: &mut World) -> Result<ScenarioRecord> {
+        let mut line_up = self.scenario.peers.to_vec();
+        line_up.retain(|peer| self.peers.has(*peer));
+        let mut record = self.blank(&line_up);
+        let alone = match self.scenario.name {
+            Name::Idle => Some(idle::run(world, self.effort.rounds, &mut record.figures)),
+            Name::Churn => Some(churn::run(world, &mut record.figures)),
+            _ => None,
+        };
+        if let Some(outcome) = alone {
+            // What was measured before counts.
+            record
+                .problems
+                .extend(outcome.err().map(|error| format!("{error:#}")));
+            record.verdicts = targets::judge(&record);
+            return Ok(record);
+        }
+        let turns = self.effort.rounds * line_up.len();
+        let mut progress = Progress::new(self.scenario.name, turns * self.scenario.rows.len());
+        for round in 1..=self.effort.rounds {
+            for peer in line_up.clone() {
+                progress.turn(round, peer);
+                if let Err(error) = self.turn(world, peer, &mut record, &mut progress) {
+                    let problem = format!("{}, round {round}: {error:#}", peer.title());
+                    progress.failed(&problem);
+                    record.problems.push(problem);
+                }
+            }
+            set_rates(&mut record.rows);
+            // Nobody always comes after the same one.
+            line_up.rotate_left(1);
+        }
+        record.verdicts = targets::judge(&record);
+        Ok(record)
+    }
+
+    fn blank(&self, line_up: &[Peer]) -> ScenarioRecord {
+        let contestant = |peer: &Peer| Contestant {
+            peer: *peer,
+            rounds: Vec::new(),
+        };
+        let rows = self.scenario.rows.iter().map(|row| RowRecord {
+            label: row.label.clone(),
+            work: row.work,
+            rate: None,
+            contestants: line_up.iter().map(contestant).collect(),
+        });
+        ScenarioRecord {
+            name: self.scenario.name,
+            title: self.scenario.title,
+            rows: rows.collect(),
+            figures: Vec::new(),
+            verdicts: Vec::new(),
+            problems: Vec::new(),
+        }
+    }
+
+    /// One contestant, all rows.
+    fn turn(
+        &self,
+        world: &mut World,
+        peer: Peer,
+        record: &mut ScenarioRecord,
+        progress: &mut Progress,
+    ) -> Result<()> {
+        let running = Running::start(peer, self.scenario.place, world, self.peers)
+            .with_context(|| format!("cannot start {}", peer.title()));
+        let outcome = running.and_then(|running| {
+            for row in &mut record.rows {
+                progress.row(&row.label);
+                match self.measure(world, &running, row.work, row.rate) {
+                    Ok(round) => {
+                        progress.done(round.load.per_second());
+                        row.contestant_mut(peer)?.rounds.push(round);
+                    }
+                    // The other rows may well work.
+                    Err(error) => {
+                        let problem = format!("{}: {}: {error:#}", peer.title(), row.label);
+                        progress.failed(&problem);
+                        if !record.problems.contains(&problem) {
+                            record.problems.push(problem);
+                        }
+                    }
+                }
+            }
+            running.stop()
+        });
+        crate::proxies::stop_agents(world)?;
+        outcome
+    }
+
+    fn measure(&self, world: &World, running: &Running, work: Work, rate: Option<u64>) -> Result<Round> {
+        let seconds = self.effort.seconds;
+        let client = running.client(world);
+        let timed = |work: &dyn Fn() -> Result<f64>| -> Result<Load> {
+            let before = running.watched.read()?;
+            let count = work()?;
+            let used = running.watched.since(&before)?;
+            Ok(Load { count, used })
+        };
+        let profiled = self
+            .profiles
+            .as_ref()
+            .filter(|_| running.is_agent() && rate.is_none());
+        let mut paced = None;
+        let load = match work {
+            Work::Requests {
+                door,
+                bytes,
+                connections,
+            } => {
+                let requests = Requests {
+                    client,
+                    address: running.address(world, door)?,
+                    door,
+                    bytes,
+                    connections,
+                    folder: world.mesh.run.dir(),
+                };
+                requests.check()?;
+                requests.warm_up()?;
+                let load = timed(&|| Ok(requests.saturate(seconds)? as f64))?;
+                if let Some(folder) = profiled {
+                    let name = format!("{:?}-{door:?}-{bytes}-{connections}", self.scenario.name);
+                    let work = || requests.saturate(seconds + 1).map(|_answers| ());
+                    let graph = profile(&running.watched.proxies, &folder.join(name), seconds, work)?;
+                    eprint!("{} ... ", graph.display());
+                }
+                paced = rate.map(|rate| requests.pace(rate, seconds)).transpose()?;
+                load
+            }
+            Work::Bulk { flows } => {
+                let address = running.address(world, Door::Bulk)?;
+                generator::bulk(client, address, flows, 1)?;
+                timed(&|| generator::bulk(client, address, flows, seconds))?
+            }
+            Work::Connect { at_once } => {
+                let address = running.address(world, Door::Tcp)?;
+                generator::connects(client, address, at_once, 1)?;
+                timed(&|| generator::connects(client, address, at_once, seconds))?
+            }
+        };
+        Ok(Round {
+            load,
+            paced,
+            peak_rss: running.peak_rss()?,
+        })
+    }
+}
+
+/// Half of what the slowest does, for the rounds to come; the first round finds it out.
+fn set_rates(rows: &mut [RowRecord]) {
+    let unset = |row: &&mut RowRecord| row.rate.is_none() && row.work.unit() == Unit::Request;
+    for row in rows.iter_mut().filter(unset) {
+        let speeds = row.contestants.iter().filter_map(Contestant::per_second);
+        let slowest = speeds.min_by(f64::total_cmp);
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "a count per second, and finite"
+        )]
+        let rate = slowest.map(|slowest| (slowest * PACE) as u64);
+        row.rate = rate.filter(|rate| *rate > 0);
+    }
+}

@@ -1,0 +1,46 @@
+//! `cargo xtask bench`: builds everything as users run it, then becomes the bench.
+
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::build_ebpf;
+use crate::prerequisites;
+use crate::setup::{self, Need};
+use crate::shell::{self, Steps};
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Scenarios and options, which the bench itself explains.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    rest: Vec<String>,
+}
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    setup::ensure(&[Need::Build, Need::Peers, Need::Bench])?;
+    let missing = prerequisites::missing();
+    if !missing.is_empty() {
+        bail!("the bench cannot run here:\n  - {}", missing.join("\n  - "));
+    }
+    let built = build_ebpf::build(&mut Steps::default(), &["mesh-tests"])?;
+    let folder = built.agent.parent().context("the agent is in no folder")?;
+    let mut bench = Command::new(folder.join("bench"));
+    if !args.rest.iter().any(|option| option.starts_with("--output")) {
+        bench.arg("--output").arg(default_output()?);
+    }
+    bench
+        .args(&args.rest)
+        .env("MESH_AGENT_BIN", &built.agent)
+        .env("MESH_PEER_BIN", folder.join("mesh-peer"));
+    eprintln!("==> bench");
+    // In our place: Ctrl-C reaches the one process that cleans up, and the shell waits for it.
+    Err(bench.exec()).context("cannot run the bench")
+}
+
+fn default_output() -> Result<PathBuf> {
+    let folder = shell::target_dir();
+    std::fs::create_dir_all(&folder)?;
+    Ok(folder.join("bench.json"))
+}
