@@ -46,14 +46,16 @@ pub(crate) struct Effort {
     pub(crate) rounds: usize,
     /// Of each measurement.
     pub(crate) seconds: u64,
+    pub(crate) soak_seconds: u64,
 }
 
 impl Args {
     pub(crate) fn effort(&self) -> Effort {
-        let (rounds, seconds) = if self.quick { (3, 2) } else { (7, 5) };
+        let (rounds, seconds, soak_seconds) = if self.quick { (3, 2, 60) } else { (7, 5, 600) };
         Effort {
             rounds: self.rounds.unwrap_or(rounds).max(2),
             seconds,
+            soak_seconds,
         }
     }
 }

@@ -14,6 +14,7 @@ use crate::progress::Progress;
 use crate::proxies::Running;
 use crate::record::{Contestant, Load, Round, RowRecord, ScenarioRecord};
 use crate::scenario::{Door, Name, Scenario, Unit, Work};
+use crate::soak;
 use crate::targets;
 use crate::world::World;
 
@@ -45,6 +46,7 @@ impl<'a> Contest<'a> {
         let alone = match self.scenario.name {
             Name::Idle => Some(idle::run(world, self.effort.rounds, &mut record.figures)),
             Name::Churn => Some(churn::run(world, &mut record.figures)),
+            Name::Soak => Some(soak::run(world, self.effort.soak_seconds, &mut record.figures)),
             _ => None,
         };
         if let Some(outcome) = alone {

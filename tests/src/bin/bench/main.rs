@@ -19,6 +19,7 @@ mod proxies;
 mod record;
 mod report;
 mod scenario;
+mod soak;
 mod stats;
 mod table;
 mod targets;

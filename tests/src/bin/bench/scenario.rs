@@ -14,6 +14,7 @@ pub(crate) enum Name {
     FastPath,
     Idle,
     Churn,
+    Soak,
 }
 
 /// Where the server is, as seen from the client.
@@ -151,6 +152,7 @@ fn all() -> Vec<Scenario> {
         },
         alone(Name::Idle, "the agent's memory when nothing happens"),
         alone(Name::Churn, "one endpoint changes among many"),
+        alone(Name::Soak, "HTTP/1.1 between two nodes at 80 % load"),
     ]
 }
 

@@ -79,7 +79,7 @@ pub(crate) fn judge(record: &ScenarioRecord) -> Vec<Verdict> {
             .map(|row| ratio(row, SYSTEM, &[Peer::Ztunnel], 0.5))
             .collect(),
         Name::FastPath => rows.flat_map(fast_path).collect(),
-        Name::Idle | Name::Churn => record.figures.iter().filter_map(at_most).collect(),
+        Name::Idle | Name::Churn | Name::Soak => record.figures.iter().filter_map(at_most).collect(),
     }
 }
 
