@@ -98,9 +98,9 @@ pub(crate) fn state_changed(ctx: &SockOpsContext, record: &SocketRecord, from: u
         return;
     }
     let fin_acked = matches!(from, BPF_TCP_FIN_WAIT2 | BPF_TCP_CLOSING | BPF_TCP_LAST_ACK);
-    // A socket in FIN_WAIT2 that nobody holds any more is closed without the other side's FIN; one that is held
-    // has got it, which is then a byte too many.
-    let fin_received = matches!(from, BPF_TCP_CLOSE_WAIT | BPF_TCP_CLOSING | BPF_TCP_LAST_ACK);
+    // In FIN_WAIT2 it cannot be told: a socket that nobody holds any more, and whose other side takes its time, is
+    // closed before that one's FIN. Such a connection is counted a byte short.
+    let fin_received = fin_acked || from == BPF_TCP_CLOSE_WAIT;
     // Both include what is numbered as a byte and is none: the SYN (of the sender) and the FIN.
     let received = read!((*ctx.ops).bytes_acked).saturating_sub(1 + u64::from(fin_acked));
     let sent = read!((*ctx.ops).bytes_received).saturating_sub(u64::from(fin_received));

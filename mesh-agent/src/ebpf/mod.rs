@@ -13,6 +13,7 @@ mod bpffs;
 mod clock;
 mod enrol;
 mod error;
+mod fast;
 mod listeners;
 mod maps;
 mod namespace;
@@ -26,6 +27,7 @@ mod uninstall;
 pub use bpffs::Claim;
 pub use enrol::{EnrolRequest, Enrolment};
 pub use error::CaptureError;
+pub use fast::{FastPair, FastTraffic, MAX_BACKENDS};
 pub use listeners::Listeners;
 pub use mesh_common::WorkloadKey;
 pub use place::{Place, PlaceIdentity};
@@ -97,6 +99,7 @@ impl Capture {
         programs::attach_root(&folders, &cgroup, options.max_flows)?;
         let maps = Arc::new(Maps::open(&folders.maps)?);
         uninstall::remove_strays(&folders, &maps)?;
+        fast::close_all(&maps);
         let home = Home::open().map_err(|source| CaptureError::Namespace {
             place: "/proc/thread-self/ns/net".into(),
             source,
@@ -130,6 +133,7 @@ impl Capture {
             .collect();
         for key in &gone {
             self.shared.forget(*key)?;
+            fast::forget(&self.shared.maps, *key);
         }
         Ok(gone)
     }
