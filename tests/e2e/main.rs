@@ -11,6 +11,7 @@
 mod cancel;
 mod common;
 mod dns;
+mod fast;
 mod fixture;
 mod grpc;
 mod http;

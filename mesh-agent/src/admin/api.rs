@@ -93,6 +93,12 @@ pub struct Counts {
     pub certificates: usize,
     pub inbound_connections: usize,
     pub outbound_connections: usize,
+    /// Pairs of a client and a destination that the kernel connects without the agent.
+    #[serde(default)]
+    pub fast_paths: usize,
+    /// Connections that it made so.
+    #[serde(default)]
+    pub fast_path_connections: u64,
 }
 
 /// What is wrong with a document.
@@ -308,6 +314,14 @@ pub struct Ebpf {
     pub workloads: Vec<CapturedWorkload>,
     /// By reason, summed over the CPUs.
     pub counters: BTreeMap<String, u64>,
+}
+
+impl Ebpf {
+    /// How many a map has; none where there is no such map.
+    pub fn entries(&self, map: &str) -> usize {
+        let found = self.maps.iter().find(|found| found.name == map);
+        found.map_or(0, |found| found.entries)
+    }
 }
 
 /// A pinned link.

@@ -4,6 +4,7 @@
 //! before anything is served; the control side (admin, discovery, enrolment) runs on the caller's runtime, the
 //! data path on its own, so that neither waits for the other.
 
+mod fast_path;
 mod show;
 mod workloads;
 
@@ -28,6 +29,7 @@ use crate::metrics::{Metrics, register_counts};
 use crate::proxy::{Inputs, Proxy};
 use crate::store::Store;
 use crate::telemetry::{AccessLog, Format, LogHandle};
+use fast_path::FastPaths;
 use workloads::Workloads;
 
 /// How long connections that are cut at the end of a drain get to notice.
@@ -62,8 +64,10 @@ pub async fn run(config: AgentConfig, log: LogHandle, lanes: Lanes) -> anyhow::R
     });
     register(&mut registry, &capture, &access_log);
     let readiness = Readiness::new(&[WORKLOADS]);
+    let fast_paths = FastPaths::new(capture.clone(), metrics.clone());
     let workloads = Workloads::new(
         workloads::Parts {
+            fast_paths: fast_paths.clone(),
             capture: capture.clone(),
             proxy: Arc::clone(&proxy),
             identities: identities.clone(),
@@ -99,6 +103,7 @@ pub async fn run(config: AgentConfig, log: LogHandle, lanes: Lanes) -> anyhow::R
         .spawn(async move { beating.keep_alive(|| beats.hung().is_none()).await });
     tokio::spawn(async move { identities.run().await });
     tokio::spawn(watch_counters(capture));
+    tokio::spawn(fast_paths.report());
     tokio::spawn(forget_idle(Arc::clone(&sources)));
     tokio::spawn(Arc::clone(&proxy).sweep(drain));
     let watching = files.watch(store).context("cannot watch the resource files")?;
@@ -202,7 +207,7 @@ async fn watch_counters(capture: Capture) {
         let now = full.map(|(_, count)| *count).sum();
         if now > before {
             tracing::warn!(
-                refused = now - before,
+                connections = now - before,
                 "a map of the kernel side is full; see `mesh-agent get ebpf`"
             );
         }

@@ -15,6 +15,7 @@ use std::time::Duration;
 use tokio::net::{TcpListener, UdpSocket};
 use tokio::time::Instant;
 
+use super::fast_path::FastPaths;
 use crate::admin::{Ask, Enrolment as Shown, Enrolments, Readiness};
 use crate::dns::{self, Resolver};
 use crate::drain::DrainWatcher;
@@ -32,6 +33,7 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 pub(super) struct Parts {
     pub(super) capture: Capture,
+    pub(super) fast_paths: FastPaths,
     pub(super) proxy: Arc<Proxy>,
     pub(super) identities: Identities,
     pub(super) store: Store,
@@ -182,8 +184,13 @@ impl Workloads {
             })
             .map(|(uid, _)| uid.clone())
             .collect();
-        for uid in &gone {
-            if let Some(enrolled) = self.enrolled.remove(uid) {
+        let released: Vec<_> = gone.iter().map(|uid| self.enrolled.remove(uid)).collect();
+        if !gone.is_empty() {
+            // Nobody is led past the agent to one that it captures no longer.
+            self.open_fast_paths();
+        }
+        for (uid, enrolled) in gone.iter().zip(released) {
+            if let Some(enrolled) = enrolled {
                 self.parts.proxy.forget(&enrolled.local);
                 if let Err(error) = enrolled.enrolment.release() {
                     tracing::error!(%error, workload = %uid, "cannot release");
@@ -353,6 +360,15 @@ impl Workloads {
             .collect();
         let all = self.enrolled.values().map(|enrolled| Arc::clone(&enrolled.local));
         self.parts.proxy.locals.replace(by_address, all.collect());
+        self.open_fast_paths();
+    }
+
+    fn open_fast_paths(&self) {
+        let captured = self
+            .enrolled
+            .values()
+            .map(|enrolled| (enrolled.enrolment.key(), enrolled.local.workload()));
+        self.parts.fast_paths.apply(self.parts.store.load(), captured.collect());
     }
 
     fn show(&self, uid: &str, state: &'static str, message: String) {

@@ -90,18 +90,20 @@ impl Capture {
         }
     }
 
-    /// Drops the rows of pairs that `unwanted` names and that have no connection any more.
-    pub fn forget_fast_traffic(&self, unwanted: impl Fn(&FastPair) -> bool) {
+    /// Drops the rows of those pairs that `unwanted` names and that have no connection any more.
+    pub fn forget_fast_traffic(&self, unwanted: impl Fn(&FastPair) -> bool) -> HashSet<FastPair> {
         let rows = &self.shared.maps.fast_traffic;
         let keys: HashSet<_> = rows.keys().filter(is_counted).collect();
-        for key in keys.iter().filter(|key| unwanted(&pair(key))) {
-            if rows
-                .get(key)
-                .is_ok_and(|row| row.is_some_and(|row| row.opened == row.closed))
-            {
-                drop_row(&self.shared.maps, key);
-            }
-        }
+        let is_idle = |key: &TrafficKey| {
+            let row = rows.get(key).ok().flatten();
+            row.is_none_or(|row| row.opened == row.closed)
+        };
+        let gone = keys.iter().filter(|key| unwanted(&pair(key)) && is_idle(key));
+        gone.map(|key| {
+            drop_row(&self.shared.maps, key);
+            pair(key)
+        })
+        .collect()
     }
 }
 

@@ -196,7 +196,7 @@ fn pods() {
         ),
         (
             pod_with(", annotations: {mesh-agent.dev/netn: /x}", "", ""),
-            "metadata.annotations[mesh-agent.dev/netn]: unknown annotation; allowed: mesh-agent.dev/netns, mesh-agent.dev/cgroup, mesh-agent.dev/on-agent-down",
+            "metadata.annotations[mesh-agent.dev/netn]: unknown annotation; allowed: mesh-agent.dev/netns, mesh-agent.dev/cgroup, mesh-agent.dev/on-agent-down, mesh-agent.dev/fast-path",
         ),
         (
             pod_with(", annotations: {mesh-agent.dev/on-agent-down: close}", "", ""),
