@@ -106,7 +106,7 @@ impl TcpSeries {
     }
 
     pub(super) fn is_unused(&self) -> bool {
-        self.opened() == 0
+        self.activity() == 0
     }
 
     pub(super) fn opened(&self) -> u64 {
