@@ -3,8 +3,8 @@
 use core::mem::{align_of, offset_of, size_of};
 
 use crate::{
-    DnsKey, FastBackend, FastKey, FastPath, Flow, FlowKey, ListenerKey, NetAddr, NetEndpoint, NetPort, OwnSocket,
-    Settings, SocketRecord, Traffic, TrafficKey, WorkloadEntry,
+    DnsKey, FastBackend, FastKey, FastPath, Flow, FlowKey, ListenerKey, NetAddr, NetEndpoint, NetPort,
+    OwnSocket, Settings, SocketRecord, Traffic, TrafficKey, WorkloadEntry,
 };
 
 macro_rules! layout {

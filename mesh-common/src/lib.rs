@@ -23,9 +23,7 @@ mod workload;
 
 pub use addr::{NetAddr, NetEndpoint, NetPort};
 pub use counter::Counter;
-pub use fast::{
-    FastBackend, FastKey, FastPath, MAX_FAST_BACKENDS, Traffic, TrafficKey, traffic_kind,
-};
+pub use fast::{FastBackend, FastKey, FastPath, MAX_FAST_BACKENDS, Traffic, TrafficKey, traffic_kind};
 pub use flow::{DnsKey, Flow, FlowKey, OwnSocket, SocketRecord, flow_kind, socket_kind};
 pub use workload::{
     CGROUP_KEYS, ListenerKey, Settings, WorkloadEntry, WorkloadKey, listener_kind, workload_flags,

@@ -12,8 +12,8 @@ use core::ptr;
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{
-    BPF_NOEXIST, BPF_TCP_CLOSE_WAIT, BPF_TCP_CLOSING, BPF_TCP_ESTABLISHED, BPF_TCP_FIN_WAIT2, BPF_TCP_LAST_ACK,
-    BPF_TCP_SYN_SENT,
+    BPF_NOEXIST, BPF_TCP_CLOSE_WAIT, BPF_TCP_CLOSING, BPF_TCP_ESTABLISHED, BPF_TCP_FIN_WAIT2,
+    BPF_TCP_LAST_ACK, BPF_TCP_SYN_SENT,
 };
 use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_get_prandom_u32};
 use aya_ebpf::programs::SockOpsContext;

@@ -5,7 +5,8 @@ use aya_ebpf::btf_maps::SkStorage;
 use aya_ebpf::macros::{btf_map, map};
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, SockHash};
 use mesh_common::maps::{
-    MAX_DNS_SERVERS, MAX_FAST, MAX_FAST_TRAFFIC, MAX_FLOWS, MAX_LISTENERS, MAX_OWN, MAX_REFUSED, MAX_WORKLOADS,
+    MAX_DNS_SERVERS, MAX_FAST, MAX_FAST_TRAFFIC, MAX_FLOWS, MAX_LISTENERS, MAX_OWN, MAX_REFUSED,
+    MAX_WORKLOADS,
 };
 use mesh_common::{
     Counter, DnsKey, FastKey, FastPath, Flow, FlowKey, ListenerKey, NetEndpoint, OwnSocket, Settings,

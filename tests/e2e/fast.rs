@@ -224,7 +224,11 @@ fn connections_outlive_the_agent_and_so_does_what_they_carried() {
     .unwrap();
     near.mesh.agents[0].kill();
     let refused = try_connect(&near.client, service).unwrap_err();
-    assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused, "STRICT holds");
+    assert_eq!(
+        refused.kind(),
+        std::io::ErrorKind::ConnectionRefused,
+        "STRICT holds"
+    );
     exchange(&mut stream).unwrap();
     drop(stream);
 
@@ -233,7 +237,10 @@ fn connections_outlive_the_agent_and_so_does_what_they_carried() {
     near.mesh.agents.insert(0, agent);
     until_ok("the connection to be counted", PATIENCE, || {
         let counted = near.counted("source")?;
-        ensure!(counted.closed == 1.0 && counted.opened == 0.0 && counted.received == 10.0, "{counted:?}");
+        ensure!(
+            counted.closed == 1.0 && counted.opened == 0.0 && counted.received == 10.0,
+            "{counted:?}"
+        );
         Ok(())
     })
     .unwrap();

@@ -9,7 +9,8 @@ use mesh_tests::{Netns, until};
 use socket2::{Protocol, SockRef, Socket, Type};
 
 use crate::world::{
-    Agent, OUT4, OUT6, PATIENCE, POD4, POD6, World, accept, at, connect, exchange, ip, plain, tcp_socket, try_accept,
+    Agent, OUT4, OUT6, PATIENCE, POD4, POD6, World, accept, at, connect, exchange, ip, plain, tcp_socket,
+    try_accept,
 };
 
 /// Of both families: (a service's address, the server's own).
@@ -155,7 +156,11 @@ fn bytes_are_counted_whoever_ends_it() {
         let mut client = near.connect(to).unwrap();
         let (mut served, _) = accept(&near.app);
         exchange(&mut client, &mut served);
-        let (first, last) = if client_first { (client, served) } else { (served, client) };
+        let (first, last) = if client_first {
+            (client, served)
+        } else {
+            (served, client)
+        };
         if abort {
             reset(&first);
         }
@@ -238,7 +243,9 @@ fn a_full_map_refuses_rather_than_letting_in_as_a_stranger() {
     let to = at(DESTINATIONS[0].0, 80);
     near.open(to, near.server_at(OUT4[0]));
     // Nobody accepts these.
-    let waiting: Vec<_> = (0..2).map(|n| near.connect(at(OUT4[1], 80 + n)).unwrap()).collect();
+    let waiting: Vec<_> = (0..2)
+        .map(|n| near.connect(at(OUT4[1], 80 + n)).unwrap())
+        .collect();
     let error = near.connect(to).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
     assert_eq!(near.world.counter("refused_map_full"), 1);
@@ -254,7 +261,12 @@ fn a_full_map_refuses_rather_than_letting_in_as_a_stranger() {
 fn who_does_not_listen_refuses() {
     let near = Near::new(World::new());
     let to = at(DESTINATIONS[0].0, 80);
-    let nobody = near.world.outside.enter(|| TcpListener::bind(at(OUT4[0], 0))).unwrap().unwrap();
+    let nobody = near
+        .world
+        .outside
+        .enter(|| TcpListener::bind(at(OUT4[0], 0)))
+        .unwrap()
+        .unwrap();
     let backend = nobody.local_addr().unwrap();
     drop(nobody);
     near.open(to, backend);
@@ -274,7 +286,10 @@ fn of_several_addresses_the_server_sees_the_workloads() {
     let app = listen(&world.pod);
     let to = at(POD4, app.local_addr().unwrap().port());
     let backends = [(server.enrolment.key(), to)];
-    world.capture.open_fast_path(client.enrolment.key(), to, &backends).unwrap();
+    world
+        .capture
+        .open_fast_path(client.enrolment.key(), to, &backends)
+        .unwrap();
     let stream = world.outside.enter(|| connect(to)).unwrap().unwrap();
     assert_eq!(stream.local_addr().unwrap().ip(), own);
     assert_eq!(plain(accept(&app).1).ip(), own);
@@ -289,7 +304,10 @@ fn a_workload_reaches_itself_by_its_service() {
     for (service, own) in [("10.96.0.9", POD4), ("fd96::9", POD6)] {
         let backends = [(agent.enrolment.key(), at(own, app.local_addr().unwrap().port()))];
         let to = at(service, 80);
-        world.capture.open_fast_path(agent.enrolment.key(), to, &backends).unwrap();
+        world
+            .capture
+            .open_fast_path(agent.enrolment.key(), to, &backends)
+            .unwrap();
         let mut client = world.pod.enter(|| connect(to)).unwrap().unwrap();
         let (mut served, peer) = accept(&app);
         assert_eq!(plain(peer), client.local_addr().unwrap());
@@ -316,6 +334,19 @@ fn every_backend_gets_connections() {
         accept(app);
     }
     assert_eq!(near.world.counter("fast_path"), 64);
+}
+
+/// As programs dial that know IPv6 sockets only.
+#[test]
+fn an_ipv6_socket_reaches_an_ipv4_service() {
+    let near = Near::new(World::new());
+    near.open(at(DESTINATIONS[0].0, 80), near.server_at(OUT4[0]));
+    let mut client = near.connect(at("::ffff:10.96.0.9", 80)).unwrap();
+    let (mut served, peer) = accept(&near.app);
+    assert_eq!(plain(client.peer_addr().unwrap()), at(DESTINATIONS[0].0, 80));
+    assert_eq!(plain(peer), plain(client.local_addr().unwrap()));
+    exchange(&mut client, &mut served);
+    assert_eq!(near.world.counter("fast_path"), 1);
 }
 
 #[test]
@@ -365,7 +396,10 @@ fn what_was_counted_outlives_the_agent_and_what_was_allowed_does_not() {
     let next = Capture::start(&options).unwrap();
     let reported = report(&next);
     assert_eq!(reported.len(), 1);
-    assert_eq!((reported[0].1.opened, reported[0].1.closed, reported[0].1.received), (0, 1, 4));
+    assert_eq!(
+        (reported[0].1.opened, reported[0].1.closed, reported[0].1.received),
+        (0, 1, 4)
+    );
     assert_eq!(near.world.entries("FAST"), 0);
     let _client = near.connect(to).unwrap();
     assert_eq!(near.client.accept().1, Some(to));

@@ -316,14 +316,6 @@ pub struct Ebpf {
     pub counters: BTreeMap<String, u64>,
 }
 
-impl Ebpf {
-    /// How many a map has; none where there is no such map.
-    pub fn entries(&self, map: &str) -> usize {
-        let found = self.maps.iter().find(|found| found.name == map);
-        found.map_or(0, |found| found.entries)
-    }
-}
-
 /// A pinned link.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]

@@ -256,7 +256,7 @@ fn status(sources: &AdminSources) -> api::Status {
             certificates: sources.identities.list().len(),
             inbound_connections: in_direction("inbound"),
             outbound_connections: in_direction("outbound"),
-            fast_paths: ebpf.entries("FAST"),
+            fast_paths: view::entries(&ebpf, "FAST"),
             fast_path_connections: ebpf.counters.get("fast_path").copied().unwrap_or(0),
         },
         next_certificate_expiry: next_expiry(sources).map(view::time),

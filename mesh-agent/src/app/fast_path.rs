@@ -58,10 +58,11 @@ impl FastPaths {
         // While those that may be about to go can still be named.
         self.report_as(&mut state);
         let plan = fast_path::plan(&snapshot, &captured, MAX_BACKENDS);
-        for change in fast_path::changes(&state.plan, &plan) {
-            if let Err(error) = self.make(&change) {
-                tracing::error!(%error, ?change, "cannot change the fast path");
-            }
+        let failed = fast_path::changes(&state.plan, &plan)
+            .filter_map(|change| self.make(&change).err())
+            .fold((0, None), |(count, _), error| (count + 1, Some(error)));
+        if let (count, Some(error)) = failed {
+            tracing::error!(%error, count, "cannot change the fast path; see `mesh-agent get ebpf`");
         }
         state.plan = plan;
         state.snapshot = snapshot;
@@ -101,11 +102,14 @@ impl FastPaths {
                 named.insert(pair, names);
             }
             // Who is not captured yet will be.
-            let Some(names) = named.get(&pair) else { return false };
+            let Some(names) = named.get(&pair) else {
+                return false;
+            };
             names.record(&self.metrics, traffic);
             true
         });
-        let is_here = |pair: &FastPair| captured.contains_key(&pair.client) && captured.contains_key(&pair.server);
+        let is_here =
+            |pair: &FastPair| captured.contains_key(&pair.client) && captured.contains_key(&pair.server);
         if named.keys().any(|pair| !is_here(pair)) {
             let gone = self
                 .capture
@@ -123,8 +127,13 @@ impl State {
     /// Of a change elsewhere in the mesh the plan learns nothing.
     fn is_made_from(&self, snapshot: &Snapshot, captured: &Captured) -> bool {
         let near = self.snapshot.near_services.ptr_eq(&snapshot.near_services);
-        let workloads = self.captured.iter().map(|(key, workload)| (key, Arc::as_ptr(workload)));
-        near && workloads.eq(captured.iter().map(|(key, workload)| (key, Arc::as_ptr(workload))))
+        let workloads = self
+            .captured
+            .iter()
+            .map(|(key, workload)| (key, Arc::as_ptr(workload)));
+        near && workloads.eq(captured
+            .iter()
+            .map(|(key, workload)| (key, Arc::as_ptr(workload))))
     }
 }
 

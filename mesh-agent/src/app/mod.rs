@@ -29,7 +29,6 @@ use crate::metrics::{Metrics, register_counts};
 use crate::proxy::{Inputs, Proxy};
 use crate::store::Store;
 use crate::telemetry::{AccessLog, Format, LogHandle};
-use fast_path::FastPaths;
 use workloads::Workloads;
 
 /// How long connections that are cut at the end of a drain get to notice.
@@ -64,10 +63,8 @@ pub async fn run(config: AgentConfig, log: LogHandle, lanes: Lanes) -> anyhow::R
     });
     register(&mut registry, &capture, &access_log);
     let readiness = Readiness::new(&[WORKLOADS]);
-    let fast_paths = FastPaths::new(capture.clone(), metrics.clone());
     let workloads = Workloads::new(
         workloads::Parts {
-            fast_paths: fast_paths.clone(),
             capture: capture.clone(),
             proxy: Arc::clone(&proxy),
             identities: identities.clone(),
@@ -103,7 +100,6 @@ pub async fn run(config: AgentConfig, log: LogHandle, lanes: Lanes) -> anyhow::R
         .spawn(async move { beating.keep_alive(|| beats.hung().is_none()).await });
     tokio::spawn(async move { identities.run().await });
     tokio::spawn(watch_counters(capture));
-    tokio::spawn(fast_paths.report());
     tokio::spawn(forget_idle(Arc::clone(&sources)));
     tokio::spawn(Arc::clone(&proxy).sweep(drain));
     let watching = files.watch(store).context("cannot watch the resource files")?;

@@ -33,7 +33,6 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 pub(super) struct Parts {
     pub(super) capture: Capture,
-    pub(super) fast_paths: FastPaths,
     pub(super) proxy: Arc<Proxy>,
     pub(super) identities: Identities,
     pub(super) store: Store,
@@ -48,6 +47,7 @@ pub(super) struct Workloads {
     wanted: BTreeMap<String, Arc<Workload>>,
     generation: Option<u64>,
     enrolled: BTreeMap<String, Enrolled>,
+    fast_paths: FastPaths,
     failed: BTreeMap<String, Instant>,
     /// What an earlier agent left is in order.
     settled: bool,
@@ -61,8 +61,10 @@ struct Enrolled {
 
 impl Workloads {
     pub(super) fn new(parts: Parts, lanes: Lanes, drain: DrainWatcher) -> Self {
+        let fast_paths = FastPaths::new(parts.capture.clone(), parts.proxy.metrics().clone());
         Self {
             parts,
+            fast_paths,
             lanes,
             drain,
             wanted: BTreeMap::new(),
@@ -82,6 +84,7 @@ impl Workloads {
 
     /// Keeps at it until the agent drains. `ready` holds after the first pass that had anything to read.
     pub(super) async fn run(mut self, readiness: Readiness, ready: &'static str) {
+        tokio::spawn(self.fast_paths.clone().report());
         let mut changes = self.parts.store.watch();
         let mut drain = self.drain.clone();
         loop {
@@ -368,7 +371,7 @@ impl Workloads {
             .enrolled
             .values()
             .map(|enrolled| (enrolled.enrolment.key(), enrolled.local.workload()));
-        self.parts.fast_paths.apply(self.parts.store.load(), captured.collect());
+        self.fast_paths.apply(self.parts.store.load(), captured.collect());
     }
 
     fn show(&self, uid: &str, state: &'static str, message: String) {

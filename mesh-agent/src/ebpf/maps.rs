@@ -10,8 +10,8 @@ use std::path::Path;
 
 use aya::Pod;
 use mesh_common::{
-    DnsKey, FastKey, FastPath, Flow, FlowKey, ListenerKey, NetEndpoint, OwnSocket, Settings, Traffic, TrafficKey,
-    WorkloadEntry, WorkloadKey, maps,
+    DnsKey, FastKey, FastPath, Flow, FlowKey, ListenerKey, NetEndpoint, OwnSocket, Settings, Traffic,
+    TrafficKey, WorkloadEntry, WorkloadKey, maps,
 };
 
 use super::CaptureError;

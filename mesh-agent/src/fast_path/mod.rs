@@ -61,7 +61,11 @@ pub fn plan(snapshot: &Snapshot, captured: &Captured, most: usize) -> Plan {
         }
     }
     // Who dials a workload itself dials each service that has it.
-    for service in snapshot.near_services.values().filter(|service| !service.fast_path) {
+    for service in snapshot
+        .near_services
+        .values()
+        .filter(|service| !service.fast_path)
+    {
         for endpoint in service.ports.iter().flat_map(|port| port.endpoints.iter()) {
             planner.plan.remove(&endpoint.address);
         }

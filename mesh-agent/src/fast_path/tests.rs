@@ -108,14 +108,22 @@ fn what_is_only_copied_and_stays_here_goes_without_the_proxy() {
             "10.96.0.1:5432: {2, 8, 9} -> [10.1.0.8:9, 10.1.0.9:9]",
         ]
     );
-    let tls = [service("db", "10.96.0.1", "tls", ""), db()[1].clone(), db()[2].clone()];
+    let tls = [
+        service("db", "10.96.0.1", "tls", ""),
+        db()[1].clone(),
+        db()[2].clone(),
+    ];
     assert_eq!(planned(&tls), [POD, VIP]);
 }
 
 #[test]
 fn what_somebody_looks_into_is_the_proxys() {
     for port in ["http", "grpc", "main"] {
-        let looked_into = [service("db", "10.96.0.1", port, ""), db()[1].clone(), db()[2].clone()];
+        let looked_into = [
+            service("db", "10.96.0.1", port, ""),
+            db()[1].clone(),
+            db()[2].clone(),
+        ];
         assert_eq!(planned(&looked_into), [""; 0], "{port}");
     }
     // The same port of the same pod, by the service that is first by name.
@@ -137,10 +145,16 @@ fn what_has_routes_is_the_proxys() {
         vips: service.vips.clone(),
         ..*service
     });
-    snapshot.services_by_vip.insert(routed.vips[0], Arc::clone(&routed));
+    snapshot
+        .services_by_vip
+        .insert(routed.vips[0], Arc::clone(&routed));
     snapshot.near_services.insert(service.key.clone(), routed);
     let left: Vec<_> = plan(&snapshot, &captured, MOST).into_keys().collect();
-    assert_eq!(left, ["10.1.0.9:9".parse().unwrap()], "the pod itself has no routes");
+    assert_eq!(
+        left,
+        ["10.1.0.9:9".parse().unwrap()],
+        "the pod itself has no routes"
+    );
 }
 
 #[test]
@@ -163,7 +177,9 @@ ports: [{name: tcp, port: 9}]
 
 #[test]
 fn more_backends_than_the_kernel_takes_are_the_proxys() {
-    let pods: Vec<_> = (10..15).map(|n| near(&format!("db-{n}"), &format!("10.1.0.{n}"), "")).collect();
+    let pods: Vec<_> = (10..15)
+        .map(|n| near(&format!("db-{n}"), &format!("10.1.0.{n}"), ""))
+        .collect();
     let (snapshot, captured) = compile(&with(&pods[..3]));
     let vip = "10.96.0.1:5432".parse().unwrap();
     assert_eq!(plan(&snapshot, &captured, MOST)[&vip].backends.len(), 4);
@@ -178,7 +194,11 @@ fn who_does_not_want_it_goes_through_the_proxy() {
     let off = service("db", "10.96.0.1", "tcp", OFF.trim_start_matches(", "));
     assert_eq!(planned(&[off, pod.clone(), client.clone()]), [""; 0]);
     let other = service("other", "10.96.0.2", "tcp", OFF.trim_start_matches(", "));
-    assert_eq!(planned(&with(&[other])), [VIP], "the pod itself is one of that service's");
+    assert_eq!(
+        planned(&with(&[other])),
+        [VIP],
+        "the pod itself is one of that service's"
+    );
     let server_off = near("db-0", "10.1.0.9", OFF);
     assert_eq!(planned(&[service_db.clone(), server_off, client]), [""; 0]);
     let client_off = near("web-0", "10.1.0.2", OFF);
@@ -224,7 +244,10 @@ addressType: IPv4
 endpoints: [{addresses: [10.1.0.9]}]
 ports: [{name: tcp, port: 9}]
 ";
-    assert_eq!(planned(&[v6, v4_slice.to_owned(), pod.clone(), client.clone()]), [POD]);
+    assert_eq!(
+        planned(&[v6, v4_slice.to_owned(), pod.clone(), client.clone()]),
+        [POD]
+    );
     let dns = service("db", "10.96.0.1", "tcp", "").replace("5432", "53");
     assert_eq!(planned(&[dns, pod, client]), [POD]);
 }
@@ -232,7 +255,10 @@ ports: [{name: tcp, port: 9}]
 #[test]
 fn changes_lead_from_one_plan_to_the_next() {
     let path = |backends: &[Key], clients: &[Key]| FastPath {
-        backends: backends.iter().map(|key| (*key, to(*key as u16))).collect(),
+        backends: backends
+            .iter()
+            .map(|key| (*key, to(u16::try_from(*key).unwrap())))
+            .collect(),
         clients: clients.iter().copied().collect(),
     };
     let old = Plan::from([

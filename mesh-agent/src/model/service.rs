@@ -64,7 +64,12 @@ impl Service {
     /// A workload that this agent captures serves one of its ports.
     pub fn is_near(&self) -> bool {
         let mut endpoints = self.ports.iter().flat_map(|port| port.endpoints.iter());
-        endpoints.any(|endpoint| endpoint.workload.as_ref().is_some_and(|workload| workload.place.is_some()))
+        endpoints.any(|endpoint| {
+            endpoint
+                .workload
+                .as_ref()
+                .is_some_and(|workload| workload.place.is_some())
+        })
     }
 
     pub fn port(&self, port: u16) -> Option<&ServicePort> {

@@ -202,6 +202,10 @@ fn pods() {
             pod_with(", annotations: {mesh-agent.dev/on-agent-down: close}", "", ""),
             "[mesh-agent.dev/on-agent-down]: `close` is unknown; allowed: hold, open",
         ),
+        (
+            pod_with(", annotations: {mesh-agent.dev/fast-path: never}", "", ""),
+            "[mesh-agent.dev/fast-path]: `never` is unknown; allowed: auto, off",
+        ),
     ]);
 }
 
