@@ -41,7 +41,8 @@ pub struct FlowKey {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Flow {
     /// Zero, or the `CLOCK_MONOTONIC` time in ns at which the initiator was done with the connection. Data may
-    /// still wait to be accepted then, so the agent lets some time pass before it sweeps the entry.
+    /// still wait to be accepted then, so the agent lets some time pass before it sweeps the entry. On the fast path
+    /// the time at which it began: no way in stays open for long.
     pub closed_at: u64,
     pub endpoint: NetEndpoint,
     pub kind: u32,

@@ -69,8 +69,13 @@ fn note(ctx: &SockOpsContext, workload: u64, endpoint: NetEndpoint, kind: u32) {
         source: local(ctx),
         destination: remote(ctx),
     };
+    let closed_at = match kind {
+        // SAFETY: takes nothing.
+        flow_kind::DIRECT => unsafe { bpf_ktime_get_ns() },
+        _ => 0,
+    };
     let flow = Flow {
-        closed_at: 0,
+        closed_at,
         endpoint,
         kind,
     };

@@ -301,7 +301,10 @@ impl Compiler {
             .replace(old.as_deref(), new.as_ref(), &mut self.snapshot);
         if let Some(old) = old {
             self.snapshot.services.remove(key);
-            self.snapshot.near_services.remove(key);
+            // Also a change of nothing would make it another map.
+            if self.snapshot.near_services.contains_key(key) {
+                self.snapshot.near_services.remove(key);
+            }
             for vip in &old.vips {
                 let current = self.snapshot.services_by_vip.get(vip);
                 if current.is_some_and(|current| Arc::ptr_eq(current, &old)) {
