@@ -14,7 +14,7 @@
 //! | 5 | [`admin`] |
 //! | 4 | [`proxy`], [`dns`] |
 //! | 3 | [`config`], [`discovery`], [`store`], [`identity`], [`tls`], [`ebpf`] |
-//! | 2 | [`route`], [`balance`], [`retry`], [`authz`] (pure), [`metrics`] |
+//! | 2 | [`route`], [`balance`], [`retry`], [`authz`], [`fast_path`] (pure), [`metrics`] |
 //! | 1 | [`model`], [`drain`], [`lanes`], [`log_filter`], [`telemetry`], [`sock`] |
 //!
 //! Invariants: input from a network or a user is bounded and never panics; enforcement never fails silently;
@@ -37,6 +37,7 @@ pub mod tls;
 
 pub mod authz;
 pub mod balance;
+pub mod fast_path;
 pub mod metrics;
 pub mod retry;
 pub mod route;

@@ -21,6 +21,10 @@ counters! {
     CapturedDns = "captured_dns",
     /// Incoming TCP connections handed to the agent.
     CapturedInbound = "captured_inbound",
+    /// Outgoing TCP connections made without the agent.
+    FastPath = "fast_path",
+    /// Outgoing TCP connections handed to the agent for want of a row to count them in on the fast path.
+    FastPathFull = "fast_path_full",
     /// Connects of the agent itself.
     PassedOwn = "passed_own",
     /// Connects to the workload itself: loopback, unspecified or its own address.

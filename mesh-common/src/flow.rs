@@ -8,6 +8,9 @@ pub mod flow_kind {
     pub const OUTBOUND: u32 = 1;
     /// A connection of the agent to the application; the endpoint is the peer to present to it.
     pub const INBOUND: u32 = 2;
+    /// A connection on the fast path, under the key of the server's workload, which it may enter without the agent;
+    /// the endpoint is where it wanted to go. Taken out when the server has it, or with the client's socket.
+    pub const DIRECT: u32 = 3;
 }
 
 /// What a [`SocketRecord`] says about its socket.
@@ -18,6 +21,9 @@ pub mod socket_kind {
     pub const ACCEPTED: u32 = 2;
     /// A socket of the agent that speaks for a real client (the endpoint).
     pub const PRESENTING: u32 = 3;
+    /// An application's socket on the fast path; the endpoint is the peer that it asked for, and the workload is
+    /// the server's.
+    pub const DIRECT: u32 = 4;
 }
 
 /// A TCP connection as its initiator sees it. Less than the whole would mix up clients: one source port may
@@ -35,7 +41,8 @@ pub struct FlowKey {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Flow {
     /// Zero, or the `CLOCK_MONOTONIC` time in ns at which the initiator was done with the connection. Data may
-    /// still wait to be accepted then, so the agent lets some time pass before it sweeps the entry.
+    /// still wait to be accepted then, so the agent lets some time pass before it sweeps the entry. On the fast path
+    /// the time at which it began: no way in stays open for long.
     pub closed_at: u64,
     pub endpoint: NetEndpoint,
     pub kind: u32,

@@ -3,8 +3,8 @@
 use core::mem::{align_of, offset_of, size_of};
 
 use crate::{
-    DnsKey, Flow, FlowKey, ListenerKey, NetAddr, NetEndpoint, NetPort, OwnSocket, Settings, SocketRecord,
-    WorkloadEntry,
+    DnsKey, FastBackend, FastKey, FastPath, Flow, FlowKey, ListenerKey, NetAddr, NetEndpoint, NetPort,
+    OwnSocket, Settings, SocketRecord, Traffic, TrafficKey, WorkloadEntry,
 };
 
 macro_rules! layout {
@@ -24,6 +24,11 @@ layout!(FlowKey, size 48, align 8, workload at 0, source at 8, destination at 28
 layout!(Flow, size 32, align 8, closed_at at 0, endpoint at 8, kind at 28);
 layout!(SocketRecord, size 32, align 8, workload at 0, endpoint at 8, kind at 28);
 layout!(OwnSocket, size 40, align 8, workload at 0, created_at at 8, present at 16, reserved at 36);
+layout!(FastKey, size 32, align 8, client at 0, destination at 8, reserved at 28);
+layout!(FastBackend, size 32, align 8, server at 0, endpoint at 8, reserved at 28);
+layout!(FastPath, size 520, align 8, count at 0, reserved at 4, backends at 8);
+layout!(TrafficKey, size 40, align 8, client at 0, server at 8, destination at 16, kind at 36);
+layout!(Traffic, size 32, align 8, opened at 0, closed at 8, received at 16, sent at 24);
 layout!(DnsKey, size 16, align 8, workload at 0, slot at 8, reserved at 12);
 layout!(ListenerKey, size 16, align 8, workload at 0, kind at 8, reserved at 12);
 layout!(Settings, size 8, align 8, heartbeat at 0);

@@ -2,9 +2,10 @@
 //!
 //! The agent writes [`WORKLOADS`](maps::WORKLOADS) (who is enrolled), [`LISTENERS`](maps::LISTENERS) (its
 //! listening sockets: present there means alive), [`OWN`](maps::OWN) (its own sockets, which capture leaves
-//! alone) and [`SETTINGS`](maps::SETTINGS) (its heartbeat). The kernel writes [`FLOWS`](maps::FLOWS) and
-//! [`DNS_SERVERS`](maps::DNS_SERVERS) (where a captured socket wanted to go) and
-//! [`COUNTERS`](maps::COUNTERS). [`SOCKETS`](maps::SOCKETS) and [`REFUSED`](maps::REFUSED) are the kernel's own.
+//! alone), [`FAST`](maps::FAST) (what may be connected without it) and [`SETTINGS`](maps::SETTINGS) (its
+//! heartbeat). The kernel writes [`FLOWS`](maps::FLOWS) and [`DNS_SERVERS`](maps::DNS_SERVERS) (where a captured
+//! socket wanted to go), [`FAST_TRAFFIC`](maps::FAST_TRAFFIC) and [`COUNTERS`](maps::COUNTERS).
+//! [`SOCKETS`](maps::SOCKETS) and [`REFUSED`](maps::REFUSED) are the kernel's own.
 //!
 //! Invariants: every type here is `repr(C)` without padding, made of integers only (any bit pattern is valid),
 //! and its layout is asserted at compile time in `layout`. Byte order lives in [`NetAddr`] and [`NetPort`].
@@ -14,6 +15,7 @@
 
 mod addr;
 pub mod counter;
+mod fast;
 mod flow;
 mod layout;
 pub mod maps;
@@ -21,6 +23,7 @@ mod workload;
 
 pub use addr::{NetAddr, NetEndpoint, NetPort};
 pub use counter::Counter;
+pub use fast::{FastBackend, FastKey, FastPath, MAX_FAST_BACKENDS, Traffic, TrafficKey, traffic_kind};
 pub use flow::{DnsKey, Flow, FlowKey, OwnSocket, SocketRecord, flow_kind, socket_kind};
 pub use workload::{
     CGROUP_KEYS, ListenerKey, Settings, WorkloadEntry, WorkloadKey, listener_kind, workload_flags,
@@ -38,12 +41,16 @@ mod user {
     }
     pod!(
         DnsKey,
+        FastKey,
+        FastPath,
         Flow,
         FlowKey,
         ListenerKey,
         NetEndpoint,
         OwnSocket,
         Settings,
+        Traffic,
+        TrafficKey,
         WorkloadEntry
     );
 }

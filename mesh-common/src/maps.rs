@@ -17,13 +17,17 @@ pub const REFUSED: &str = "REFUSED";
 pub const SOCKETS: &str = "SOCKETS";
 /// `DnsKey` -> `NetEndpoint`.
 pub const DNS_SERVERS: &str = "DNS_SERVERS";
+/// `FastKey` -> `FastPath`.
+pub const FAST: &str = "FAST";
+/// `TrafficKey` -> `Traffic`.
+pub const FAST_TRAFFIC: &str = "FAST_TRAFFIC";
 /// `Counter` -> `u64` per CPU.
 pub const COUNTERS: &str = "COUNTERS";
 /// 0 -> `Settings`.
 pub const SETTINGS: &str = "SETTINGS";
 
 /// Every map, in the order of the admin page.
-pub const ALL: [&str; 9] = [
+pub const ALL: [&str; 11] = [
     WORKLOADS,
     LISTENERS,
     OWN,
@@ -31,6 +35,8 @@ pub const ALL: [&str; 9] = [
     REFUSED,
     SOCKETS,
     DNS_SERVERS,
+    FAST,
+    FAST_TRAFFIC,
     COUNTERS,
     SETTINGS,
 ];
@@ -45,6 +51,10 @@ pub const MAX_OWN: u32 = 16 * 1024;
 pub const MAX_FLOWS: u32 = 16 * 1024;
 /// Only those on their way to being reset; an entry lives for microseconds.
 pub const MAX_REFUSED: u32 = 1024;
+/// A few hundred workloads, each with a hundred destinations on its own node.
+pub const MAX_FAST: u32 = 64 * 1024;
+/// Two rows for each pair that ever talked, by way of each destination.
+pub const MAX_FAST_TRAFFIC: u32 = 64 * 1024;
 /// Every workload using every slot.
 pub const MAX_DNS_SERVERS: u32 = MAX_WORKLOADS * (DNS_V4_SLOTS + DNS_V6_SLOTS);
 

@@ -13,7 +13,7 @@ use mesh_common::{
 
 use crate::context::{Addr, TCP, UDP, Verdict};
 use crate::maps::{OWN, count};
-use crate::{dns, workload};
+use crate::{dns, fast, workload};
 
 #[inline(always)]
 pub(crate) fn connect(ctx: &Addr) -> Verdict {
@@ -52,6 +52,9 @@ fn tcp(ctx: &Addr, key: u64, entry: &WorkloadEntry) -> Verdict {
     if !workload::alive(key) {
         ctx.forget_record();
         return workload::without_agent(entry);
+    }
+    if let Some(verdict) = fast::connect(ctx, key, &own, to) {
+        return verdict;
     }
     let record = SocketRecord {
         workload: key,

@@ -30,24 +30,23 @@ pub(crate) fn lookup(ctx: &SkLookupContext) -> u32 {
     };
     let from_inside = is_own(&remote.addr, entry) || remote.addr.is_loopback();
     // SAFETY: a flow is removed when its connection is accepted or closed, both after this.
-    if let Some(found) = unsafe { FLOWS.get(flow) }
-        && found.kind == flow_kind::OUTBOUND
-    {
-        return match assign(ctx, key, listener_kind::OUTBOUND) {
-            Some(verdict) => verdict,
-            None => SK_DROP,
-        };
+    if let Some(found) = unsafe { FLOWS.get(flow) } {
+        match found.kind {
+            flow_kind::OUTBOUND => return assign(ctx, key, listener_kind::OUTBOUND).unwrap_or(SK_DROP),
+            // The client's identity was checked when the way was opened to it.
+            flow_kind::DIRECT => return SK_PASS,
+            _ => {}
+        }
     }
     if dials_listener(local.port, entry) {
         count(Counter::RefusedListener);
         return SK_DROP;
     }
+    if REFUSED.get_ptr(flow).is_some() {
+        return SK_DROP;
+    }
     if from_inside {
-        return if REFUSED.get_ptr(flow).is_some() {
-            SK_DROP
-        } else {
-            SK_PASS
-        };
+        return SK_PASS;
     }
     inbound(ctx, key, entry)
 }

@@ -4,10 +4,13 @@
 //! cannot be captured either passes or is refused, and is counted; nothing is left hanging.
 #![no_std]
 #![no_main]
+// As `aya-ebpf` itself: for what Rust does not offer on this target.
+#![feature(asm_experimental_arch)]
 
 mod connect;
 mod context;
 mod dns;
+mod fast;
 mod lookup;
 mod maps;
 mod peername;

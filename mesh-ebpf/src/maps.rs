@@ -4,10 +4,13 @@ use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::btf_maps::SkStorage;
 use aya_ebpf::macros::{btf_map, map};
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, SockHash};
-use mesh_common::maps::{MAX_DNS_SERVERS, MAX_FLOWS, MAX_LISTENERS, MAX_OWN, MAX_REFUSED, MAX_WORKLOADS};
+use mesh_common::maps::{
+    MAX_DNS_SERVERS, MAX_FAST, MAX_FAST_TRAFFIC, MAX_FLOWS, MAX_LISTENERS, MAX_OWN, MAX_REFUSED,
+    MAX_WORKLOADS,
+};
 use mesh_common::{
-    Counter, DnsKey, Flow, FlowKey, ListenerKey, NetEndpoint, OwnSocket, Settings, SocketRecord,
-    WorkloadEntry, counter,
+    Counter, DnsKey, FastKey, FastPath, Flow, FlowKey, ListenerKey, NetEndpoint, OwnSocket, Settings,
+    SocketRecord, Traffic, TrafficKey, WorkloadEntry, counter,
 };
 
 #[map]
@@ -20,10 +23,15 @@ pub(crate) static OWN: HashMap<u64, OwnSocket> = HashMap::with_max_entries(MAX_O
 pub(crate) static FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(MAX_FLOWS, 0);
 #[map]
 pub(crate) static REFUSED: LruHashMap<FlowKey, u32> = LruHashMap::with_max_entries(MAX_REFUSED, 0);
-// Sized for the worst case, which nearly never is: so not allocated ahead.
+// These three are sized for the worst case, which nearly never is: so not allocated ahead.
 #[map]
 pub(crate) static DNS_SERVERS: HashMap<DnsKey, NetEndpoint> =
     HashMap::with_max_entries(MAX_DNS_SERVERS, BPF_F_NO_PREALLOC);
+#[map]
+pub(crate) static FAST: HashMap<FastKey, FastPath> = HashMap::with_max_entries(MAX_FAST, BPF_F_NO_PREALLOC);
+#[map]
+pub(crate) static FAST_TRAFFIC: HashMap<TrafficKey, Traffic> =
+    HashMap::with_max_entries(MAX_FAST_TRAFFIC, BPF_F_NO_PREALLOC);
 #[map]
 pub(crate) static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(counter::COUNT, 0);
 #[map]

@@ -3,14 +3,13 @@
 
 use mesh_common::socket_kind;
 
-use crate::connect::is_own;
 use crate::context::{Addr, MULTIPATH, Verdict};
 use crate::workload;
 
 #[inline(always)]
 pub(crate) fn getpeername(ctx: &Addr) -> Verdict {
     let record = match ctx.record() {
-        None if is_redirected(ctx) => ctx.subflow_record(),
+        None if is_multipath(ctx) => ctx.subflow_record(),
         record => record,
     };
     if let Some(record) = record
@@ -24,7 +23,6 @@ pub(crate) fn getpeername(ctx: &Addr) -> Verdict {
 
 /// Multipath TCP: the application's socket is another than the one that connected and carries the record.
 #[inline(always)]
-fn is_redirected(ctx: &Addr) -> bool {
-    ctx.protocol() == MULTIPATH
-        && workload::find(workload::key(ctx)).is_some_and(|entry| is_own(&ctx.endpoint().addr, entry))
+fn is_multipath(ctx: &Addr) -> bool {
+    ctx.protocol() == MULTIPATH && workload::find(workload::key(ctx)).is_some()
 }

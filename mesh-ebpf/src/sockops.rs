@@ -3,7 +3,8 @@
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{
     BPF_ANY, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
-    BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE, BPF_TCP_SYN_SENT, bpf_sock, bpf_sock_ops,
+    BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE, BPF_TCP_ESTABLISHED, BPF_TCP_SYN_SENT, bpf_sock,
+    bpf_sock_ops,
 };
 use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_ns};
 use aya_ebpf::programs::SockOpsContext;
@@ -14,7 +15,7 @@ use mesh_common::{
 
 use crate::context::{either, read, read4, set_socket_record, socket_record};
 use crate::maps::{FLOWS, OWN, REFUSED, count};
-use crate::workload;
+use crate::{fast, workload};
 
 #[inline(always)]
 pub(crate) fn sockops(ctx: &SockOpsContext) {
@@ -34,8 +35,10 @@ fn connecting(ctx: &SockOpsContext) {
     if !record.is_null() {
         // SAFETY: not null; the storage lives as long as the socket.
         let record = unsafe { *record };
-        if record.kind == socket_kind::REDIRECTED {
-            note(ctx, record.workload, record.endpoint, flow_kind::OUTBOUND);
+        match record.kind {
+            socket_kind::REDIRECTED => note(ctx, record.workload, record.endpoint, flow_kind::OUTBOUND),
+            socket_kind::DIRECT => note(ctx, record.workload, record.endpoint, flow_kind::DIRECT),
+            _ => {}
         }
         return;
     }
@@ -66,8 +69,13 @@ fn note(ctx: &SockOpsContext, workload: u64, endpoint: NetEndpoint, kind: u32) {
         source: local(ctx),
         destination: remote(ctx),
     };
+    let closed_at = match kind {
+        // SAFETY: takes nothing.
+        flow_kind::DIRECT => unsafe { bpf_ktime_get_ns() },
+        _ => 0,
+    };
     let flow = Flow {
-        closed_at: 0,
+        closed_at,
         endpoint,
         kind,
     };
@@ -75,7 +83,6 @@ fn note(ctx: &SockOpsContext, workload: u64, endpoint: NetEndpoint, kind: u32) {
         count(Counter::RefusedMapFull);
         // The connection cannot be stopped here; `sk_lookup` will reset it.
         let _ = REFUSED.insert(key, 0, u64::from(BPF_ANY));
-        return;
     }
     let flags = read!((*ctx.ops).bpf_sock_ops_cb_flags) | BPF_SOCK_OPS_STATE_CB_FLAG;
     // Fails for no socket that has come so far.
@@ -101,22 +108,28 @@ fn accepted(ctx: &SockOpsContext) {
         return;
     };
     let Flow { endpoint, kind, .. } = *flow;
-    // Those on their way to the agent's listener wait for its accept.
-    if kind == flow_kind::INBOUND {
-        let record = SocketRecord {
-            workload,
-            endpoint,
-            kind: socket_kind::ACCEPTED,
-        };
-        set_socket_record(sk, record);
-        let _ = FLOWS.remove(key);
+    match kind {
+        flow_kind::INBOUND => {
+            let record = SocketRecord {
+                workload,
+                endpoint,
+                kind: socket_kind::ACCEPTED,
+            };
+            set_socket_record(sk, record);
+        }
+        // Who it is from can be seen.
+        flow_kind::DIRECT => {}
+        // Those on their way to the agent's listener wait for its accept.
+        _ => return,
     }
+    let _ = FLOWS.remove(key);
 }
 
 #[inline(always)]
 fn state_changed(ctx: &SockOpsContext) {
     let (from, to) = (arg(ctx, 0), arg(ctx, 1));
-    if to != BPF_TCP_CLOSE {
+    let opens = from == BPF_TCP_SYN_SENT && to == BPF_TCP_ESTABLISHED;
+    if to != BPF_TCP_CLOSE && !opens {
         return;
     }
     let Some(sk) = socket(ctx) else { return };
@@ -126,6 +139,12 @@ fn state_changed(ctx: &SockOpsContext) {
     }
     // SAFETY: not null; the storage lives as long as the socket.
     let record = unsafe { *record };
+    if record.kind == socket_kind::DIRECT {
+        fast::state_changed(ctx, &record, from, to);
+    }
+    if opens {
+        return;
+    }
     let key = FlowKey {
         workload: record.workload,
         source: local(ctx),
@@ -133,6 +152,9 @@ fn state_changed(ctx: &SockOpsContext) {
     };
     if from == BPF_TCP_SYN_SENT || record.kind != socket_kind::REDIRECTED {
         let _ = FLOWS.remove(key);
+        if from == BPF_TCP_SYN_SENT {
+            let _ = REFUSED.remove(key);
+        }
     } else if let Some(flow) = FLOWS.get_ptr_mut(key) {
         // Written, closed, but perhaps not accepted yet: the agent still needs to know where the bytes go.
         // SAFETY: the kernel's pointer to the value, and one word.

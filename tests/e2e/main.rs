@@ -12,6 +12,7 @@ mod cancel;
 mod common;
 mod counted;
 mod dns;
+mod fast;
 mod fixture;
 mod grpc;
 mod http;

@@ -260,7 +260,7 @@ fn uninstall_leaves_nothing_but_spares_the_living() {
     assert!(matches!(ebpf::uninstall(&folder), Err(CaptureError::AgentAlive)));
     agent.die(&world.capture);
     let removed = ebpf::uninstall(&folder).unwrap();
-    assert_eq!(removed.len(), 10 + 9, "{removed:?}");
+    assert_eq!(removed.len(), 10 + 11, "{removed:?}");
     assert!(!folder.exists());
     assert!(stranger.exists());
     let server = world

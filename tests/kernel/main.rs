@@ -5,6 +5,7 @@
 
 mod cgroup;
 mod dns;
+mod fast;
 mod inbound;
 mod life;
 mod odd;

@@ -93,6 +93,12 @@ pub struct Counts {
     pub certificates: usize,
     pub inbound_connections: usize,
     pub outbound_connections: usize,
+    /// Pairs of a client and a destination that the kernel connects without the agent.
+    #[serde(default)]
+    pub fast_paths: usize,
+    /// Connections that it made so.
+    #[serde(default)]
+    pub fast_path_connections: u64,
 }
 
 /// What is wrong with a document.

@@ -251,6 +251,12 @@ fn mtls_mode(mode: MtlsMode) -> &'static str {
     }
 }
 
+/// How many a map has; none where there is no such map.
+pub(super) fn entries(ebpf: &api::Ebpf, map: &str) -> usize {
+    let found = ebpf.maps.iter().find(|found| found.name == map);
+    found.map_or(0, |found| found.entries)
+}
+
 fn on_agent_down(choice: OnAgentDown) -> &'static str {
     match choice {
         OnAgentDown::Hold => "hold",

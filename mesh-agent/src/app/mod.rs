@@ -4,6 +4,7 @@
 //! before anything is served; the control side (admin, discovery, enrolment) runs on the caller's runtime, the
 //! data path on its own, so that neither waits for the other.
 
+mod fast_path;
 mod show;
 mod workloads;
 
@@ -202,7 +203,7 @@ async fn watch_counters(capture: Capture) {
         let now = full.map(|(_, count)| *count).sum();
         if now > before {
             tracing::warn!(
-                refused = now - before,
+                connections = now - before,
                 "a map of the kernel side is full; see `mesh-agent get ebpf`"
             );
         }

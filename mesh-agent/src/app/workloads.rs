@@ -15,6 +15,7 @@ use std::time::Duration;
 use tokio::net::{TcpListener, UdpSocket};
 use tokio::time::Instant;
 
+use super::fast_path::FastPaths;
 use crate::admin::{Ask, Enrolment as Shown, Enrolments, Readiness};
 use crate::dns::{self, Resolver};
 use crate::drain::DrainWatcher;
@@ -46,6 +47,7 @@ pub(super) struct Workloads {
     wanted: BTreeMap<String, Arc<Workload>>,
     generation: Option<u64>,
     enrolled: BTreeMap<String, Enrolled>,
+    fast_paths: FastPaths,
     failed: BTreeMap<String, Instant>,
     /// What an earlier agent left is in order.
     settled: bool,
@@ -59,8 +61,10 @@ struct Enrolled {
 
 impl Workloads {
     pub(super) fn new(parts: Parts, lanes: Lanes, drain: DrainWatcher) -> Self {
+        let fast_paths = FastPaths::new(parts.capture.clone(), parts.proxy.metrics().clone());
         Self {
             parts,
+            fast_paths,
             lanes,
             drain,
             wanted: BTreeMap::new(),
@@ -80,6 +84,7 @@ impl Workloads {
 
     /// Keeps at it until the agent drains. `ready` holds after the first pass that had anything to read.
     pub(super) async fn run(mut self, readiness: Readiness, ready: &'static str) {
+        tokio::spawn(self.fast_paths.clone().report());
         let mut changes = self.parts.store.watch();
         let mut drain = self.drain.clone();
         loop {
@@ -182,8 +187,13 @@ impl Workloads {
             })
             .map(|(uid, _)| uid.clone())
             .collect();
-        for uid in &gone {
-            if let Some(enrolled) = self.enrolled.remove(uid) {
+        let released: Vec<_> = gone.iter().map(|uid| self.enrolled.remove(uid)).collect();
+        if !gone.is_empty() {
+            // Nobody is led past the agent to one that it captures no longer.
+            self.open_fast_paths();
+        }
+        for (uid, enrolled) in gone.iter().zip(released) {
+            if let Some(enrolled) = enrolled {
                 self.parts.proxy.forget(&enrolled.local);
                 if let Err(error) = enrolled.enrolment.release() {
                     tracing::error!(%error, workload = %uid, "cannot release");
@@ -353,6 +363,15 @@ impl Workloads {
             .collect();
         let all = self.enrolled.values().map(|enrolled| Arc::clone(&enrolled.local));
         self.parts.proxy.locals.replace(by_address, all.collect());
+        self.open_fast_paths();
+    }
+
+    fn open_fast_paths(&self) {
+        let captured = self
+            .enrolled
+            .values()
+            .map(|enrolled| (enrolled.enrolment.key(), enrolled.local.workload()));
+        self.fast_paths.apply(self.parts.store.load(), captured.collect());
     }
 
     fn show(&self, uid: &str, state: &'static str, message: String) {

@@ -41,6 +41,13 @@ pub(super) fn render(status: &Status, now: SystemTime) -> String {
                 counts.inbound_connections, counts.outbound_connections
             ),
         ),
+        (
+            "Fast path",
+            format!(
+                "{} connections made, {} ways open",
+                counts.fast_path_connections, counts.fast_paths
+            ),
+        ),
         ("Generation", status.generation.to_string()),
     ] {
         // Writing to a string cannot fail.

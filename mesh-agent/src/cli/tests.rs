@@ -263,6 +263,7 @@ Services:     0
 Route rules:  0
 Certificates: 1, the first ends in 12h
 Connections:  0 in, 0 out
+Fast path:    0 connections made, 0 ways open
 Generation:   7
 Not ready:    capture: no cgroup2
 

@@ -301,6 +301,10 @@ impl Compiler {
             .replace(old.as_deref(), new.as_ref(), &mut self.snapshot);
         if let Some(old) = old {
             self.snapshot.services.remove(key);
+            // Also a change of nothing would make it another map.
+            if self.snapshot.near_services.contains_key(key) {
+                self.snapshot.near_services.remove(key);
+            }
             for vip in &old.vips {
                 let current = self.snapshot.services_by_vip.get(vip);
                 if current.is_some_and(|current| Arc::ptr_eq(current, &old)) {
@@ -312,6 +316,9 @@ impl Compiler {
             let new = Arc::new(new);
             for vip in &new.vips {
                 self.snapshot.services_by_vip.insert(*vip, Arc::clone(&new));
+            }
+            if new.is_near() {
+                self.snapshot.near_services.insert(key.clone(), Arc::clone(&new));
             }
             self.snapshot.services.insert(key.clone(), new);
         }

@@ -16,6 +16,8 @@ use crate::model::{OnAgentDown, Place};
 const OURS: &str = "mesh-agent.dev/";
 pub(crate) const NETNS: &str = "mesh-agent.dev/netns";
 pub(crate) const CGROUP: &str = "mesh-agent.dev/cgroup";
+/// Of Services, too.
+pub(crate) const FAST_PATH: &str = "mesh-agent.dev/fast-path";
 pub(crate) const ON_AGENT_DOWN: &str = "mesh-agent.dev/on-agent-down";
 
 #[derive(Debug)]
@@ -34,6 +36,7 @@ pub(crate) struct Pod {
     pub(crate) ports: BTreeMap<Box<str>, u16>,
     pub(crate) place: Option<Place>,
     pub(crate) on_agent_down: Option<OnAgentDown>,
+    pub(crate) fast_path: bool,
 }
 
 #[derive(Default, Deserialize)]
@@ -95,7 +98,8 @@ impl Pod {
             Some(status) => typed(status, "status")?,
             None => RawStatus::default(),
         };
-        known_annotations(&meta.annotations, &[NETNS, CGROUP, ON_AGENT_DOWN], issues);
+        let known = [NETNS, CGROUP, ON_AGENT_DOWN, FAST_PATH];
+        known_annotations(&meta.annotations, &known, issues);
         let place = place(&meta.annotations, issues);
         let service_account = spec.service_account_name.unwrap_or_else(|| "default".to_owned());
         if !is_dns_subdomain(&service_account) {
@@ -133,6 +137,7 @@ impl Pod {
             ready: ready && !meta.deleting,
             ports: named_ports(spec.containers.into_iter().chain(spec.init_containers)),
             on_agent_down: on_agent_down(&meta.annotations, issues),
+            fast_path: fast_path(&meta.annotations, issues),
             place,
             labels: meta.labels,
         })
@@ -212,6 +217,21 @@ fn on_agent_down(annotations: &BTreeMap<String, String>, issues: &mut Issues) ->
                 format!("`{other}` is unknown; allowed: hold, open"),
             );
             None
+        }
+    }
+}
+
+/// Whether connections may go without the proxy where that would only copy.
+pub(crate) fn fast_path(annotations: &BTreeMap<String, String>, issues: &mut Issues) -> bool {
+    match annotations.get(FAST_PATH).map(String::as_str) {
+        None | Some("auto") => true,
+        Some("off") => false,
+        Some(other) => {
+            issues.error(
+                annotation_path(FAST_PATH),
+                format!("`{other}` is unknown; allowed: auto, off"),
+            );
+            true
         }
     }
 }

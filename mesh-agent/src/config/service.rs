@@ -8,7 +8,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::check::{DNS_LABEL, Issue, Issues, Port, address, is_dns_label, typed};
-use super::pod::{annotation_path, known_annotations};
+use super::pod::{FAST_PATH, annotation_path, fast_path, known_annotations};
 use super::resource::{Labels, Meta, shared};
 use crate::model::{LoadBalancing, Protocol};
 
@@ -23,6 +23,7 @@ pub(crate) struct Service {
     pub(crate) prefers_ipv6: Option<bool>,
     pub(crate) ports: Vec<ServicePort>,
     pub(crate) publish_not_ready: bool,
+    pub(crate) fast_path: bool,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -117,7 +118,7 @@ impl Service {
             ServiceAddresses::Given(addresses) => addresses.first().map(IpAddr::is_ipv6),
             _ => spec.ip_families.first().map(|family| *family == RawFamily::IPv6),
         };
-        known_annotations(&meta.annotations, &[LOAD_BALANCING], issues);
+        known_annotations(&meta.annotations, &[LOAD_BALANCING, FAST_PATH], issues);
         let balancing = balancing(&meta.annotations, issues);
         let mut ports: Vec<ServicePort> = Vec::new();
         for (index, raw) in spec.ports.into_iter().enumerate() {
@@ -157,6 +158,7 @@ impl Service {
             prefers_ipv6,
             ports,
             publish_not_ready: spec.publish_not_ready_addresses,
+            fast_path: fast_path(&meta.annotations, issues),
         })
     }
 }

@@ -60,6 +60,7 @@ impl Inputs<'_> {
             )
             .into(),
             vips,
+            fast_path: service.fast_path,
             headless: service.addresses == ServiceAddresses::Headless,
             ports: ports.collect(),
         }

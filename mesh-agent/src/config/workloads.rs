@@ -36,6 +36,7 @@ pub(super) fn compile(index: &Index, settings: &Settings, key: &ResourceKey, pod
             true => OnAgentDown::Hold,
             false => OnAgentDown::Open,
         }),
+        fast_path: pod.fast_path,
         place: pod
             .place
             .clone()

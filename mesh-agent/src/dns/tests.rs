@@ -60,6 +60,7 @@ fn service(namespace: &str, name: &str, vips: &[&str], endpoints: Option<&[&str]
         hostname: format!("{name}.{namespace}.svc.cluster.local").into(),
         vips: vips.iter().map(ip).collect(),
         headless: endpoints.is_some(),
+        fast_path: true,
         ports: vec![port(80), port(81)],
     }
 }

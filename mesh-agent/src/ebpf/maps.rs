@@ -10,7 +10,8 @@ use std::path::Path;
 
 use aya::Pod;
 use mesh_common::{
-    DnsKey, Flow, FlowKey, ListenerKey, NetEndpoint, OwnSocket, Settings, WorkloadEntry, WorkloadKey, maps,
+    DnsKey, FastKey, FastPath, Flow, FlowKey, ListenerKey, NetEndpoint, OwnSocket, Settings, Traffic,
+    TrafficKey, WorkloadEntry, WorkloadKey, maps,
 };
 
 use super::CaptureError;
@@ -24,6 +25,8 @@ pub(super) struct Maps {
     pub(super) own: Table<u64, OwnSocket>,
     pub(super) flows: Table<FlowKey, Flow>,
     pub(super) dns_servers: Table<DnsKey, NetEndpoint>,
+    pub(super) fast: Table<FastKey, FastPath>,
+    pub(super) fast_traffic: Table<TrafficKey, Traffic>,
     pub(super) settings: Table<u32, Settings>,
     pub(super) counters: Table<u32, u64>,
 }
@@ -37,6 +40,8 @@ impl Maps {
             own: Table::open(folder, maps::OWN)?,
             flows: Table::open(folder, maps::FLOWS)?,
             dns_servers: Table::open(folder, maps::DNS_SERVERS)?,
+            fast: Table::open(folder, maps::FAST)?,
+            fast_traffic: Table::open(folder, maps::FAST_TRAFFIC)?,
             settings: Table::open(folder, maps::SETTINGS)?,
             counters: Table::open(folder, maps::COUNTERS)?,
         })

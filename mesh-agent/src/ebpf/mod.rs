@@ -13,6 +13,7 @@ mod bpffs;
 mod clock;
 mod enrol;
 mod error;
+mod fast;
 mod listeners;
 mod maps;
 mod namespace;
@@ -26,6 +27,7 @@ mod uninstall;
 pub use bpffs::Claim;
 pub use enrol::{EnrolRequest, Enrolment};
 pub use error::CaptureError;
+pub use fast::{FastPair, FastTraffic, MAX_BACKENDS};
 pub use listeners::Listeners;
 pub use mesh_common::WorkloadKey;
 pub use place::{Place, PlaceIdentity};
@@ -38,7 +40,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use mesh_common::Settings;
+use mesh_common::{Flow, Settings, flow_kind};
 use tokio::time::MissedTickBehavior;
 
 use bpffs::Folders;
@@ -50,6 +52,9 @@ const HEARTBEAT: Duration = Duration::from_secs(1);
 
 /// How long the data of a connection that its initiator closed may wait to be accepted.
 const CLOSED_FLOW_AGE_NS: u64 = 60_000_000_000;
+
+/// Longer than Linux tries to connect (127 s): what a server has not taken by then it never will.
+const DIRECT_FLOW_AGE_NS: u64 = 180_000_000_000;
 
 /// Longer than any connect takes.
 const OWN_SOCKET_AGE_NS: u64 = 600_000_000_000;
@@ -97,6 +102,7 @@ impl Capture {
         programs::attach_root(&folders, &cgroup, options.max_flows)?;
         let maps = Arc::new(Maps::open(&folders.maps)?);
         uninstall::remove_strays(&folders, &maps)?;
+        fast::close_all(&maps);
         let home = Home::open().map_err(|source| CaptureError::Namespace {
             place: "/proc/thread-self/ns/net".into(),
             source,
@@ -130,6 +136,7 @@ impl Capture {
             .collect();
         for key in &gone {
             self.shared.forget(*key)?;
+            fast::forget(&self.shared.maps, *key);
         }
         Ok(gone)
     }
@@ -173,11 +180,15 @@ impl Capture {
         let maps = &self.shared.maps;
         let now = clock::monotonic_ns();
         let old = |since: u64, age: u64| now.saturating_sub(since) > age;
+        let age = |flow: &Flow| match flow.kind {
+            flow_kind::DIRECT => DIRECT_FLOW_AGE_NS,
+            _ => CLOSED_FLOW_AGE_NS,
+        };
         let flows: Vec<_> = maps.flows.keys().collect();
         for key in flows {
             if let Ok(Some(flow)) = maps.flows.get(&key)
                 && flow.closed_at != 0
-                && old(flow.closed_at, CLOSED_FLOW_AGE_NS)
+                && old(flow.closed_at, age(&flow))
             {
                 let _ = maps.flows.remove(&key);
             }

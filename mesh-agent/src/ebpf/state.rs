@@ -72,6 +72,8 @@ impl Shared {
                 fill(maps::OWN, &self.maps.own),
                 fill(maps::FLOWS, &self.maps.flows),
                 fill(maps::DNS_SERVERS, &self.maps.dns_servers),
+                fill(maps::FAST, &self.maps.fast),
+                fill(maps::FAST_TRAFFIC, &self.maps.fast_traffic),
             ],
             workloads: self.workloads(),
         }

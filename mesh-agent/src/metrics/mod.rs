@@ -25,7 +25,7 @@ pub use self::agent::{AgentMetrics, Direction, DnsOutcome, register_counts};
 pub use self::flag::Flag;
 pub use self::http::{HttpOutcome, HttpRecorder};
 pub use self::labels::{Peers, Reporter, Security};
-pub use self::tcp::{TcpConnection, TcpRecorder};
+pub use self::tcp::{TcpConnection, TcpCounts, TcpRecorder};
 
 use self::http::MAX_OUTCOMES;
 use self::labels::PeerLabels;

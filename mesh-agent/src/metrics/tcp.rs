@@ -15,6 +15,14 @@ impl TcpRecorder {
         Self(series)
     }
 
+    pub fn add(&self, counts: &TcpCounts) {
+        self.0.opened.fetch_add(counts.opened, Ordering::Relaxed);
+        self.0.sent.fetch_add(counts.sent, Ordering::Relaxed);
+        self.0.received.fetch_add(counts.received, Ordering::Relaxed);
+        let closed = &self.0.closed[usize::from(Flag::None.index())];
+        closed.fetch_add(counts.closed, Ordering::Relaxed);
+    }
+
     /// Counts a connection as open until what it returns is dropped.
     pub fn open(self) -> TcpConnection {
         self.0.opened.fetch_add(1, Ordering::Relaxed);
@@ -23,6 +31,17 @@ impl TcpRecorder {
             flag: Flag::None,
         }
     }
+}
+
+/// What somebody else counted, in one go.
+#[derive(Clone, Copy, Debug)]
+pub struct TcpCounts {
+    pub opened: u64,
+    pub closed: u64,
+    /// Bytes towards the client.
+    pub sent: u64,
+    /// Bytes from the client.
+    pub received: u64,
 }
 
 /// One open connection; counted as closed when dropped.
@@ -87,7 +106,7 @@ impl TcpSeries {
     }
 
     pub(super) fn is_unused(&self) -> bool {
-        self.opened() == 0
+        self.activity() == 0
     }
 
     pub(super) fn opened(&self) -> u64 {

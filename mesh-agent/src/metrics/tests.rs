@@ -27,6 +27,7 @@ fn workload(namespace: &str, name: &str, labels: &[(&str, &str)]) -> Workload {
             ports: BTreeMap::new(),
         },
         on_agent_down: OnAgentDown::Open,
+        fast_path: true,
         place: None,
     }
 }
@@ -96,6 +97,7 @@ fn shop() -> Shop {
             hostname: "reviews.shop.svc.cluster.local".into(),
             vips: Vec::new(),
             headless: false,
+            fast_path: true,
             ports: Vec::new(),
         },
     }

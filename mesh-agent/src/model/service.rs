@@ -50,6 +50,8 @@ pub struct Service {
     /// A headless service (`clusterIP: None`) has none: DNS answers its endpoints' addresses, as in Kubernetes.
     pub vips: Vec<IpAddr>,
     pub headless: bool,
+    /// Its connections may go without the proxy where that would only copy.
+    pub fast_path: bool,
     pub ports: Vec<ServicePort>,
 }
 
@@ -57,6 +59,17 @@ impl Service {
     pub fn has_endpoint(&self, address: SocketAddr) -> bool {
         let mut endpoints = self.ports.iter().flat_map(|port| port.endpoints.iter());
         endpoints.any(|endpoint| endpoint.address == address)
+    }
+
+    /// A workload that this agent captures serves one of its ports.
+    pub fn is_near(&self) -> bool {
+        let mut endpoints = self.ports.iter().flat_map(|port| port.endpoints.iter());
+        endpoints.any(|endpoint| {
+            endpoint
+                .workload
+                .as_ref()
+                .is_some_and(|workload| workload.place.is_some())
+        })
     }
 
     pub fn port(&self, port: u16) -> Option<&ServicePort> {
@@ -84,6 +97,11 @@ impl ServicePort {
     pub fn routes_for(&self, namespace: &str) -> &Arc<[RouteRule]> {
         self.consumer_routes.get(namespace).unwrap_or(&self.routes)
     }
+
+    /// Its connections go to any endpoint, as they are.
+    pub fn is_plain(&self) -> bool {
+        self.protocol.is_opaque() && self.routes.is_empty() && self.consumer_routes.is_empty()
+    }
 }
 
 /// What a port speaks, by its `appProtocol`, else by the prefix of its name (`http-web`, `grpc`, `tcp-db`).
@@ -98,6 +116,13 @@ pub enum Protocol {
     /// TLS that the application terminates (`https`, `tls`): passed on as it is.
     Tls,
     Tcp,
+}
+
+impl Protocol {
+    /// Declared to be a byte stream that nobody looks into.
+    pub fn is_opaque(self) -> bool {
+        matches!(self, Self::Tls | Self::Tcp)
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -20,6 +20,8 @@ pub struct Snapshot {
     pub workloads_by_address: SharedMap<IpAddr, Arc<Workload>>,
     pub services: SharedMap<ServiceKey, Arc<Service>>,
     pub services_by_vip: SharedMap<IpAddr, Arc<Service>>,
+    /// Those that a workload of this agent serves (see [`Service::is_near`]).
+    pub near_services: SharedMap<ServiceKey, Arc<Service>>,
     /// What a workload's own ports speak, by the services that select it: (address, target port).
     pub target_protocols: SharedMap<SocketAddr, Protocol>,
     /// The service that a target port belongs to, for metrics of connections made by pod IP (the first by name).

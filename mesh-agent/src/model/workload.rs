@@ -21,6 +21,8 @@ pub struct Workload {
     pub meshed: bool,
     pub mtls: MtlsPolicy,
     pub on_agent_down: OnAgentDown,
+    /// Its connections may go without the proxy where that would only copy.
+    pub fast_path: bool,
     /// Where it runs, for workloads of this node that this agent captures.
     pub place: Option<Place>,
 }

@@ -251,6 +251,7 @@ mod tests {
                 ports: std::collections::BTreeMap::new(),
             },
             on_agent_down: OnAgentDown::Open,
+            fast_path: true,
             place: None,
         };
         let client = Client {

@@ -19,7 +19,7 @@ enum Imports {
 }
 
 /// Every module of the agent, lowest first, and the modules that it may import.
-const LAYERS: [(&str, Imports); 24] = [
+const LAYERS: [(&str, Imports); 25] = [
     ("model", Imports::Only(&[])),
     ("drain", Imports::Only(&[])),
     ("lanes", Imports::Only(&[])),
@@ -30,6 +30,7 @@ const LAYERS: [(&str, Imports); 24] = [
     ("balance", Imports::Only(&["model"])),
     ("retry", Imports::Only(&["model"])),
     ("authz", Imports::Only(&["model"])),
+    ("fast_path", Imports::Only(&["authz", "model"])),
     ("metrics", Imports::Only(&["model"])),
     ("config", Imports::Only(&["log_filter", "model"])),
     ("store", Imports::Only(&["model"])),

@@ -167,6 +167,7 @@ fn workload(name: &str, place: Option<Place>) -> Arc<Workload> {
             ports: BTreeMap::from([(9090, MtlsMode::Permissive)]),
         },
         on_agent_down: OnAgentDown::Hold,
+        fast_path: true,
         place,
     })
 }
@@ -207,6 +208,7 @@ fn snapshot() -> Snapshot {
         hostname: "reviews.shop.svc.cluster.local".into(),
         vips: vec!["10.96.0.10".parse().unwrap()],
         headless: false,
+        fast_path: true,
         ports: vec![ServicePort {
             port: 80,
             name: Some("http".into()),

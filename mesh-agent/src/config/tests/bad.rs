@@ -196,11 +196,15 @@ fn pods() {
         ),
         (
             pod_with(", annotations: {mesh-agent.dev/netn: /x}", "", ""),
-            "metadata.annotations[mesh-agent.dev/netn]: unknown annotation; allowed: mesh-agent.dev/netns, mesh-agent.dev/cgroup, mesh-agent.dev/on-agent-down",
+            "metadata.annotations[mesh-agent.dev/netn]: unknown annotation; allowed: mesh-agent.dev/netns, mesh-agent.dev/cgroup, mesh-agent.dev/on-agent-down, mesh-agent.dev/fast-path",
         ),
         (
             pod_with(", annotations: {mesh-agent.dev/on-agent-down: close}", "", ""),
             "[mesh-agent.dev/on-agent-down]: `close` is unknown; allowed: hold, open",
+        ),
+        (
+            pod_with(", annotations: {mesh-agent.dev/fast-path: never}", "", ""),
+            "[mesh-agent.dev/fast-path]: `never` is unknown; allowed: auto, off",
         ),
     ]);
 }

@@ -61,6 +61,32 @@ fn a_changed_pod_touches_its_service_only() {
 }
 
 #[test]
+fn a_change_elsewhere_leaves_what_is_near_alone() {
+    let mut mesh = Mesh::new();
+    mesh.set("services.yaml", &[REVIEWS, &other_service()].concat());
+    mesh.set(
+        "near.yaml",
+        &pod("reviews-1", "10.1.0.2", "").replace(
+            "namespace: shop",
+            "namespace: shop, annotations: {mesh-agent.dev/netns: /run/netns/x}",
+        ),
+    );
+    let before = mesh
+        .set("far.yaml", &pod("stock-1", "10.1.0.4", ""))
+        .near_services;
+    assert_eq!(
+        before.keys().map(ToString::to_string).collect::<Vec<_>>(),
+        ["shop/reviews"]
+    );
+    let after = mesh
+        .set("far.yaml", &pod("stock-1", "10.1.0.5", ""))
+        .near_services;
+    assert!(after.ptr_eq(&before));
+    let after = mesh.remove("near.yaml").near_services;
+    assert!(after.is_empty());
+}
+
+#[test]
 fn a_changed_route_leaves_endpoints_and_other_services() {
     let mut mesh = Mesh::of(&[REVIEWS, &other_service(), &pod("reviews-1", "10.1.0.2", "")].concat());
     mesh.set(
