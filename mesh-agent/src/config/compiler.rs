@@ -242,7 +242,7 @@ impl Compiler {
         let old = self.snapshot.workloads.get(&uid).cloned();
         match (&old, &new) {
             (None, None) => return,
-            (Some(old), Some((new, _))) if **old == *new => return,
+            (Some(old), Some((new, host))) if **old == *new && self.is_of_host(old) == *host => return,
             _ => {}
         }
         if let Some(old) = old {
@@ -273,6 +273,14 @@ impl Compiler {
             }
             self.snapshot.workloads.insert(uid, workload);
         }
+    }
+
+    /// Whether its addresses are the node's, so that none of them leads to it.
+    fn is_of_host(&self, workload: &Arc<Workload>) -> bool {
+        let by_address = &self.snapshot.workloads_by_address;
+        let mut found = workload.addresses.iter().map(|address| by_address.get(address));
+        !workload.addresses.is_empty()
+            && !found.any(|found| found.is_some_and(|found| Arc::ptr_eq(found, workload)))
     }
 
     /// The services that have the workload as an endpoint, or a part of them in the making.

@@ -279,7 +279,12 @@ fn document(rng: &mut Rng) -> String {
             let phase = rng.choice(&["Running", "Running", "Succeeded"]).unwrap();
             let ready = rng.choice(&["True", "True", "False"]).unwrap();
             let host = rng.u8(0..5) == 0;
-            head("v1", "Pod", &format!(", labels: {{app: {app}}}"))
+            // A pod of the host's network namespace has none of its own.
+            let place = match rng.u8(0..3) {
+                0 if !host => format!(", annotations: {{mesh-agent.dev/netns: /run/netns/n{n}}}"),
+                _ => String::new(),
+            };
+            head("v1", "Pod", &format!(", labels: {{app: {app}}}{place}"))
                 + &format!(
                     "spec: {{nodeName: node-a, hostNetwork: {host}}}\nstatus: {{podIP: 10.0.0.{ip}, phase: {phase}, conditions: [{{type: Ready, status: '{ready}'}}]}}\n"
                 )
