@@ -19,10 +19,11 @@ enum Imports {
 }
 
 /// Every module of the agent, lowest first, and the modules that it may import.
-const LAYERS: [(&str, Imports); 24] = [
+const LAYERS: [(&str, Imports); 25] = [
     ("model", Imports::Only(&[])),
     ("drain", Imports::Only(&[])),
     ("lanes", Imports::Only(&[])),
+    ("memory", Imports::Only(&[])),
     ("log_filter", Imports::Only(&[])),
     ("telemetry", Imports::Only(&["log_filter"])),
     ("sock", Imports::Only(&[])),
