@@ -15,7 +15,7 @@
 //! | 4 | [`proxy`], [`dns`] |
 //! | 3 | [`config`], [`discovery`], [`store`], [`identity`], [`tls`], [`ebpf`] |
 //! | 2 | [`route`], [`balance`], [`retry`], [`authz`], [`fast_path`] (pure), [`metrics`] |
-//! | 1 | [`model`], [`drain`], [`lanes`], [`log_filter`], [`telemetry`], [`sock`] |
+//! | 1 | [`model`], [`drain`], [`lanes`], [`log_filter`], [`memory`], [`telemetry`], [`sock`] |
 //!
 //! Invariants: input from a network or a user is bounded and never panics; enforcement never fails silently;
 //! nothing here is global.
@@ -45,6 +45,7 @@ pub mod route;
 pub mod drain;
 pub mod lanes;
 pub mod log_filter;
+pub mod memory;
 pub mod model;
 pub mod sock;
 pub mod telemetry;

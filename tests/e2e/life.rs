@@ -228,7 +228,7 @@ fn holdings(web: &mut Web) -> [Holdings; 2] {
         let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
         let resident = status
             .lines()
-            .find_map(|line| line.strip_prefix("VmRSS:"))
+            .find_map(|line| line.strip_prefix("RssAnon:"))
             .unwrap();
         let page = agent.get("/api/v1/ebpf").unwrap();
         let flows = page["maps"]
@@ -301,9 +301,11 @@ fn nothing_is_left_of_connections_that_came_and_went() {
     let after = settled(&mut web, &|one, node| {
         one.flows == 0 && one.descriptors <= before[node].descriptors + 5
     });
+    // Of 30,000 connections: 40 bytes of each would be more.
+    const KEPT_KILOBYTES: u64 = 1024;
     for (before, after) in before.iter().zip(&after) {
         assert!(
-            after.kilobytes * 100 <= before.kilobytes * 105,
+            after.kilobytes <= before.kilobytes + KEPT_KILOBYTES,
             "{before:?}, then {after:?}"
         );
     }

@@ -148,7 +148,7 @@ fn the_last_good_state_is_used_when_the_files_cannot_be_read() {
     let mut web = web();
     let resources = web.mesh.run.dir().join("resources");
     let away = web.mesh.run.dir().join("away");
-    let state = web.mesh.run.dir().join("state/node-a/resources.json");
+    let state = web.mesh.run.dir().join("state/node-a/resources.jsonl");
     until(
         "all that the agent knows to be on its disk",
         Duration::from_secs(10),

@@ -154,7 +154,7 @@ fn refresh(sources: &AdminSources) {
         .filter(|rejected| rejected.severity == Severity::Error)
         .map(|rejected| (&rejected.file, rejected.document))
         .collect();
-    agent.workloads.set(gauge(snapshot.local_workloads().count()));
+    agent.workloads.set(gauge(snapshot.local_workloads.len()));
     agent.snapshot_generation.set(snapshot.generation);
     agent.rejected_resources.set(gauge(refused.len()));
     agent.draining.set(u32::from(sources.readiness.is_draining()));
@@ -243,9 +243,10 @@ fn status(sources: &AdminSources) -> api::Status {
         generation: snapshot.generation,
         counts: api::Counts {
             workloads: snapshot.workloads.len(),
-            local_workloads: snapshot.local_workloads().count(),
+            local_workloads: snapshot.local_workloads.len(),
             pending_workloads: snapshot
-                .local_workloads()
+                .local_workloads
+                .values()
                 .filter(|workload| {
                     let shown = enrolments.get(workload.uid().as_str());
                     shown.is_none_or(|shown| shown.state != "enrolled")

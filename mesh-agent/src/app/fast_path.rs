@@ -172,10 +172,7 @@ impl Named {
 fn service(snapshot: &Snapshot, destination: SocketAddr) -> Option<Option<Arc<Service>>> {
     match snapshot.destination(destination) {
         Destination::Service(service, _) => Some(Some(service)),
-        Destination::Workload(_) => {
-            let key = snapshot.target_services.get(&destination);
-            Some(key.and_then(|key| snapshot.services.get(key)).cloned())
-        }
+        Destination::Workload(_) => Some(snapshot.target_service(destination).cloned()),
         Destination::UnknownPort(_) | Destination::Unknown => None,
     }
 }

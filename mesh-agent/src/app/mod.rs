@@ -25,6 +25,7 @@ use crate::drain::{self, DrainTrigger};
 use crate::ebpf::{Capture, CaptureError, CaptureOptions, Claim};
 use crate::identity::Identities;
 use crate::lanes::Lanes;
+use crate::memory;
 use crate::metrics::{Metrics, register_counts};
 use crate::proxy::{Inputs, Proxy};
 use crate::store::Store;
@@ -43,7 +44,7 @@ const WORKLOADS: &str = "workloads";
 
 /// Runs the agent until it is told to stop. Call it on the control runtime; the data path has `lanes`.
 pub async fn run(config: AgentConfig, log: LogHandle, lanes: Lanes) -> anyhow::Result<()> {
-    raise_descriptor_limit();
+    bound_process();
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
     let identities = Identities::open_embedded(&config.ca_directory, &config.trust_domain)
@@ -145,6 +146,13 @@ fn pulse(lanes: &Lanes) -> Pulse {
         lane.spawn(pulse.heart());
     }
     pulse
+}
+
+/// What the process may take, and what it may keep.
+fn bound_process() {
+    memory::bound_slack();
+    tokio::spawn(memory::keep_small());
+    raise_descriptor_limit();
 }
 
 /// A connection takes several descriptors, and the soft limit is for programs that use select(2).

@@ -153,7 +153,8 @@ impl Workloads {
         }
         self.generation = Some(snapshot.generation);
         self.wanted = snapshot
-            .local_workloads()
+            .local_workloads
+            .values()
             .map(|workload| (workload.uid(), Arc::clone(workload)))
             .collect();
         let identities: BTreeSet<_> = self

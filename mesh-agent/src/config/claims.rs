@@ -8,7 +8,7 @@ use super::resource::ResourceKey;
 
 #[derive(Debug, Default)]
 pub(super) struct Claims {
-    by_address: BTreeMap<IpAddr, BTreeSet<(At, ResourceKey)>>,
+    by_address: BTreeSet<(IpAddr, At, ResourceKey)>,
     by_key: BTreeMap<ResourceKey, (At, Vec<IpAddr>)>,
 }
 
@@ -22,27 +22,29 @@ impl Claims {
         let mut concerned = BTreeSet::new();
         if let Some((at, addresses)) = self.by_key.remove(key) {
             for address in addresses {
-                if let Some(owners) = self.by_address.get_mut(&address) {
-                    owners.remove(&(at.clone(), key.clone()));
-                    concerned.extend(owners.iter().map(|(_, key)| key.clone()));
-                    if owners.is_empty() {
-                        self.by_address.remove(&address);
-                    }
-                }
+                self.by_address.remove(&(address, at.clone(), key.clone()));
+                concerned.extend(self.owners(address).map(|(_, key)| key.clone()));
             }
         }
         if let Some((at, addresses)) = claim {
             for address in &addresses {
-                let owners = self.by_address.entry(*address).or_default();
-                concerned.extend(owners.iter().map(|(_, key)| key.clone()));
-                owners.insert((at.clone(), key.clone()));
+                concerned.extend(self.owners(*address).map(|(_, key)| key.clone()));
+                self.by_address.insert((*address, at.clone(), key.clone()));
             }
             self.by_key.insert(key.clone(), (at, addresses));
         }
         concerned
     }
 
-    pub(super) fn owner(&self, address: IpAddr) -> Option<&(At, ResourceKey)> {
-        self.by_address.get(&address)?.first()
+    pub(super) fn owner(&self, address: IpAddr) -> Option<(&At, &ResourceKey)> {
+        self.owners(address).next()
+    }
+
+    /// In file order.
+    fn owners(&self, address: IpAddr) -> impl Iterator<Item = (&At, &ResourceKey)> {
+        let first = (address, At::default(), ResourceKey::default());
+        let from = self.by_address.range(first..);
+        from.take_while(move |(other, ..)| *other == address)
+            .map(|(_, at, key)| (at, key))
     }
 }

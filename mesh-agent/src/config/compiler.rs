@@ -15,7 +15,7 @@ use super::kind::Kind;
 use super::report::Report;
 use super::resource::{Document, Resource, ResourceKey, selects};
 use super::service::ServiceAddresses;
-use super::services::{Inputs, Targets};
+use super::services::{Inputs, retarget};
 use super::vips::Vips;
 use super::workloads::ROOT_NAMESPACE;
 use super::{Settings, routes, workloads};
@@ -28,7 +28,6 @@ pub struct Compiler {
     index: Index,
     claims: Claims,
     vips: Vips,
-    targets: Targets,
     report: Report,
     snapshot: Snapshot,
 }
@@ -54,7 +53,6 @@ impl Compiler {
             index: Index::default(),
             claims: Claims::default(),
             vips,
-            targets: Targets::default(),
             report: Report::default(),
             snapshot,
         }
@@ -72,11 +70,14 @@ impl Compiler {
         self.index.files()
     }
 
-    pub fn vips(&self) -> &Vips {
-        &self.vips
+    /// The addresses that it gives to services.
+    pub fn vips(&mut self) -> &mut Vips {
+        &mut self.vips
     }
 
     /// Takes in changed files (`None`: the file is gone) and makes the next snapshot.
+    ///
+    /// The first time it is given all files at once.
     pub fn update(&mut self, files: Vec<(Origin, Option<File>)>) -> &Snapshot {
         let origins: Vec<_> = files.iter().map(|(origin, _)| origin.clone()).collect();
         let changes = self.index.replace(files);
@@ -104,13 +105,26 @@ impl Compiler {
         for key in &dirty.services {
             self.compile_service(key);
         }
-        self.vips.retain(|key| {
-            let service = self.index.service(key);
-            service.is_some_and(|service| service.addresses == ServiceAddresses::Absent)
-        });
+        self.release_vips(&dirty.services);
         self.snapshot.rejected = self.report.compile(&self.index, &origins, &changes);
         self.snapshot.generation += 1;
         &self.snapshot
+    }
+
+    /// Takes back the addresses of services that have no use for them any more.
+    fn release_vips(&mut self, changed: &BTreeSet<ServiceKey>) {
+        let index = &self.index;
+        let is_used = |key: &ServiceKey| {
+            let service = index.service(key);
+            service.is_some_and(|service| service.addresses == ServiceAddresses::Absent)
+        };
+        if self.snapshot.generation == 0 {
+            // An earlier run may have given some to services that are no more.
+            self.vips.retain(is_used);
+        }
+        for key in changed.iter().filter(|key| !is_used(key)) {
+            self.vips.release(key);
+        }
     }
 
     /// Addresses: who loses or gains one has to be looked at again.
@@ -196,13 +210,16 @@ impl Compiler {
 
     fn source(&mut self, change: &Change) {
         let ResourceKey {
-            kind,
+            kind: kind @ (Kind::Pod | Kind::Service),
             namespace,
             name,
-        } = &change.key;
+        } = &change.key
+        else {
+            return;
+        };
         let key: Arc<str> = format!("{}/{namespace}/{name}", kind.as_str()).into();
         match &change.new {
-            Some((at, _)) => self.snapshot.sources.insert(key, self.index.place(at).into()),
+            Some((at, _)) => self.snapshot.sources.insert(key, self.index.place(at)),
             None => self.snapshot.sources.remove(&key),
         };
     }
@@ -225,11 +242,12 @@ impl Compiler {
         let old = self.snapshot.workloads.get(&uid).cloned();
         match (&old, &new) {
             (None, None) => return,
-            (Some(old), Some((new, _))) if **old == *new => return,
+            (Some(old), Some((new, host))) if **old == *new && self.is_of_host(old) == *host => return,
             _ => {}
         }
         if let Some(old) = old {
             self.snapshot.workloads.remove(&uid);
+            self.snapshot.local_workloads.remove(&uid);
             for address in &old.addresses {
                 let current = self.snapshot.workloads_by_address.get(address);
                 if current.is_some_and(|current| Arc::ptr_eq(current, &old)) {
@@ -249,14 +267,26 @@ impl Compiler {
                         .insert(*address, Arc::clone(&workload));
                 }
             }
+            if workload.place.is_some() {
+                let local = Arc::clone(&workload);
+                self.snapshot.local_workloads.insert(Arc::clone(&uid), local);
+            }
             self.snapshot.workloads.insert(uid, workload);
         }
+    }
+
+    /// Whether its addresses are the node's, so that none of them leads to it.
+    fn is_of_host(&self, workload: &Arc<Workload>) -> bool {
+        let by_address = &self.snapshot.workloads_by_address;
+        let mut found = workload.addresses.iter().map(|address| by_address.get(address));
+        !workload.addresses.is_empty()
+            && !found.any(|found| found.is_some_and(|found| Arc::ptr_eq(found, workload)))
     }
 
     /// The services that have the workload as an endpoint, or a part of them in the making.
     fn mark_users(&self, workload: &Workload, dirty: &mut Dirty) {
         for address in &workload.addresses {
-            dirty.services.extend(self.targets.users(*address).cloned());
+            dirty.services.extend(self.snapshot.users(*address).cloned());
         }
         let selecting = self.index.services(&workload.namespace).filter(|(_, service)| {
             !service.selector.is_empty() && selects(&service.selector, &workload.labels)
@@ -297,8 +327,7 @@ impl Compiler {
         if old.as_deref() == new.as_ref() {
             return;
         }
-        self.targets
-            .replace(old.as_deref(), new.as_ref(), &mut self.snapshot);
+        retarget(old.as_deref(), new.as_ref(), &mut self.snapshot);
         if let Some(old) = old {
             self.snapshot.services.remove(key);
             // Also a change of nothing would make it another map.

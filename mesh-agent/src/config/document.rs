@@ -30,37 +30,43 @@ pub(crate) struct RawDocument {
     pub(crate) value: Result<Value, Issue>,
 }
 
-/// Cuts a file into documents. An error that spoils the whole file is its only document.
-pub(crate) fn read(text: &str, json: bool) -> Vec<RawDocument> {
-    let mut documents = Vec::new();
+/// Cuts a file into the texts of its documents, numbered from 1.
+pub(crate) fn chunks(text: &str, json: bool) -> impl Iterator<Item = (usize, Chunk<'_>)> {
     let chunks = if json {
-        vec![Chunk { line: 1, text }]
+        vec![Chunk {
+            line: 1,
+            text,
+            json: true,
+        }]
     } else {
         split(text)
     };
-    for (index, chunk) in chunks.into_iter().enumerate() {
-        let number = index + 1;
-        if documents.len() >= MAX_DOCUMENTS {
-            documents.push(one_too_many(number));
-            break;
-        }
-        let value = if json {
-            parse_json(text)
-        } else {
-            parse_yaml(&chunk)
-        };
-        expand(number, value, &mut documents);
-    }
+    (1..).zip(chunks)
+}
+
+/// Parses one document's text: what it holds, or what is wrong with it. `room` is for how many more the file has.
+pub(crate) fn read(number: usize, chunk: &Chunk<'_>, room: usize) -> Vec<RawDocument> {
+    let mut documents = Vec::new();
+    let value = if chunk.json {
+        parse_json(chunk.text)
+    } else {
+        parse_yaml(chunk)
+    };
+    expand(number, value, room, &mut documents);
     documents
 }
 
 /// Parses one YAML text into a value, within the bounds of this module.
 pub(crate) fn parse_single(text: &str) -> Result<Value, Issue> {
-    parse_yaml(&Chunk { line: 1, text })
+    parse_yaml(&Chunk {
+        line: 1,
+        text,
+        json: false,
+    })
 }
 
 /// A `v1 List`, as `kubectl get -o yaml` prints it, is the documents in it.
-fn expand(number: usize, value: Result<Value, Issue>, documents: &mut Vec<RawDocument>) {
+fn expand(number: usize, value: Result<Value, Issue>, room: usize, documents: &mut Vec<RawDocument>) {
     let is_list = |value: &Value| {
         value.get("apiVersion").and_then(Value::as_str) == Some("v1")
             && value.get("kind").and_then(Value::as_str) == Some("List")
@@ -68,7 +74,6 @@ fn expand(number: usize, value: Result<Value, Issue>, documents: &mut Vec<RawDoc
     match value {
         Ok(mut list) if is_list(&list) => match list.get_mut("items").map(Value::take) {
             Some(Value::Array(items)) => {
-                let room = MAX_DOCUMENTS.saturating_sub(documents.len());
                 let too_many = items.len() > room;
                 documents.extend(items.into_iter().take(room).enumerate().map(|(item, mut value)| {
                     strip_nulls(&mut value);
@@ -101,7 +106,7 @@ fn expand(number: usize, value: Result<Value, Issue>, documents: &mut Vec<RawDoc
     }
 }
 
-fn one_too_many(number: usize) -> RawDocument {
+pub(crate) fn one_too_many(number: usize) -> RawDocument {
     RawDocument {
         number,
         prefix: String::new(),
@@ -124,11 +129,13 @@ fn strip_nulls(value: &mut Value) {
     }
 }
 
+/// The text of one document.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Chunk<'a> {
+pub(crate) struct Chunk<'a> {
     /// The file's line on which the text begins, from 1.
     line: usize,
-    text: &'a str,
+    pub(crate) text: &'a str,
+    json: bool,
 }
 
 /// Cuts at the lines that start with a document marker, and drops what holds nothing but comments.
@@ -140,6 +147,7 @@ fn split(text: &str) -> Vec<Chunk<'_>> {
         let chunk = Chunk {
             line,
             text: &text[from..to],
+            json: false,
         };
         if has_content(chunk.text) {
             chunks.push(chunk);
@@ -223,6 +231,12 @@ fn options() -> Options {
 mod tests {
     use super::*;
 
+    fn read(text: &str, json: bool) -> Vec<RawDocument> {
+        chunks(text, json)
+            .flat_map(|(number, chunk)| super::read(number, &chunk, MAX_DOCUMENTS))
+            .collect()
+    }
+
     fn texts(text: &str) -> Vec<(usize, &str)> {
         split(text).into_iter().map(|c| (c.line, c.text)).collect()
     }
@@ -292,9 +306,10 @@ mod tests {
         }
         let json = "[".repeat(100_000);
         assert!(read(&json, true)[0].value.is_err());
-        let many = "--- {a: 1}\n".repeat(MAX_DOCUMENTS + 5);
-        let documents = read(&many, false);
-        assert_eq!(documents.len(), MAX_DOCUMENTS + 1);
-        assert!(documents[MAX_DOCUMENTS].value.is_err());
+        let list = r#"{"apiVersion": "v1", "kind": "List", "items": [1, 2, 3, 4]}"#;
+        let chunk = chunks(list, true).next().unwrap().1;
+        let documents = super::read(1, &chunk, 2);
+        assert_eq!(documents.len(), 3);
+        assert!(documents[2].value.is_err());
     }
 }

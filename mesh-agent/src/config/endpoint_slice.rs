@@ -15,7 +15,7 @@ use super::service::RawProtocol;
 pub(crate) const SERVICE_NAME: &str = "kubernetes.io/service-name";
 
 /// The endpoints of a service that somebody else found.
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub(crate) struct EndpointSlice {
     /// The service in the slice's namespace that it belongs to.
     pub(crate) service: Option<Arc<str>>,
@@ -25,14 +25,14 @@ pub(crate) struct EndpointSlice {
     pub(crate) endpoints: Vec<SliceEndpoint>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub(crate) struct SliceEndpoint {
     pub(crate) address: IpAddr,
     pub(crate) ready: bool,
     /// Not ready because it is going away, but it still answers.
     pub(crate) serving: bool,
     /// The Pod that it is, if the slice says so.
-    pub(crate) pod: Option<Arc<str>>,
+    pub(crate) pod: Option<Box<str>>,
 }
 
 #[derive(Deserialize)]

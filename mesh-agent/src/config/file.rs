@@ -1,6 +1,7 @@
 //! Files as the compiler sees them: their entries, and what of an older version stays in force.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::hash::{BuildHasher, RandomState};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -8,12 +9,12 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::check::Issue;
-use super::document::{self, RawDocument};
+use super::document::{self, MAX_DOCUMENTS, RawDocument};
 use super::resource::{self, Document, Entry};
 use crate::model::Severity;
 
 /// Where documents come from. Its order is the order of precedence between documents of the same name.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Origin {
     /// The place of the file's entry in `resources.files`.
     pub order: usize,
@@ -21,7 +22,7 @@ pub struct Origin {
 }
 
 /// One document's place: its file, and its index among the file's entries.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct At {
     pub(super) origin: Origin,
     pub(super) index: usize,
@@ -31,52 +32,128 @@ pub(super) struct At {
 #[derive(Clone, Debug, Default)]
 pub struct File {
     entries: Vec<Entry>,
+    /// The hash of each document's text, and how many entries it gave, in the order of the entries.
+    texts: Vec<(u64, usize)>,
+    hasher: RandomState,
+}
+
+/// A document to be written down.
+#[derive(Debug)]
+pub struct Text {
+    pub number: usize,
+    /// `Pod shop/reviews`
+    pub name: String,
+    /// `None`: it is as it was when the file was last written down.
+    pub json: Option<Box<RawValue>>,
 }
 
 impl File {
     pub fn parse(name: &Path, text: &str) -> Self {
-        let json = name.extension().is_some_and(|extension| extension == "json");
-        Self {
-            entries: document::read(text, json)
-                .into_iter()
-                .map(resource::parse)
-                .collect(),
-        }
+        Self::parse_after(name, text, &Self::default())
     }
 
-    /// Documents that were good once, as [`File::good`] gave them.
+    /// A new version of a file: what is written in it as before is not parsed again, what says the same stays the
+    /// same object, and what is bad now stays in force as it was.
+    pub fn parse_after(name: &Path, text: &str, previous: &Self) -> Self {
+        let json = name.extension().is_some_and(|extension| extension == "json");
+        let hasher = previous.hasher.clone();
+        let known = previous.good_texts();
+        let mut entries = Vec::new();
+        let mut texts = Vec::new();
+        for (number, chunk) in document::chunks(text, json) {
+            let Some(room) = MAX_DOCUMENTS.checked_sub(entries.len()).filter(|room| *room > 0) else {
+                entries.push(resource::parse(document::one_too_many(number)));
+                break;
+            };
+            let (hash, before) = (hasher.hash_one(chunk.text), entries.len());
+            match known.get(&hash).filter(|known| known.len() <= room) {
+                Some(known) => entries.extend(known.iter().map(|entry| Entry {
+                    number,
+                    ..entry.clone()
+                })),
+                None => entries.extend(
+                    document::read(number, &chunk, room)
+                        .into_iter()
+                        .map(resource::parse),
+                ),
+            }
+            texts.push((hash, entries.len() - before));
+        }
+        entries.shrink_to_fit();
+        let file = Self {
+            entries,
+            texts,
+            hasher,
+        };
+        file.after(previous)
+    }
+
+    /// The entries of each text that can be taken as they are: an error may hide what is kept in force instead.
+    fn good_texts(&self) -> HashMap<u64, &[Entry]> {
+        let mut rest = &self.entries[..];
+        let mut known = HashMap::new();
+        for (hash, count) in &self.texts {
+            let (entries, after) = rest.split_at(*count);
+            rest = after;
+            if !entries.iter().any(Entry::has_error) {
+                known.insert(*hash, entries);
+            }
+        }
+        known
+    }
+
+    /// Documents that were good once, as [`File::take_texts`] gave them.
     pub fn restore(documents: impl IntoIterator<Item = (usize, Value)>) -> Self {
         let entries = documents.into_iter().map(|(number, value)| {
-            resource::parse(RawDocument {
+            let entry = resource::parse(RawDocument {
                 number,
                 prefix: String::new(),
                 value: Ok(value),
-            })
+            });
+            Entry { json: None, ..entry }
         });
         Self {
             entries: entries.collect(),
+            ..Self::default()
         }
     }
 
     /// A file that cannot be read at all.
     pub fn unreadable(message: impl Into<String>) -> Self {
+        let entry = Entry {
+            number: 1,
+            prefix: Box::default(),
+            key: None,
+            fragment: "file".into(),
+            document: None,
+            issues: vec![Issue::error("", message)],
+            json: None,
+        };
         Self {
-            entries: vec![Entry {
-                number: 1,
-                prefix: String::new(),
-                label: String::from("file"),
-                key: None,
-                document: None,
-                issues: vec![Issue::error("", message)],
-            }],
+            entries: vec![entry],
+            ..Self::default()
         }
     }
 
-    /// The number and text of each document that is in force or could be.
-    pub fn good(&self) -> impl Iterator<Item = (usize, &RawValue)> {
-        self.entries
-            .iter()
-            .filter_map(|entry| Some((entry.number, &*entry.document.as_ref()?.json)))
+    /// Each document that is in force or could be, to be written down.
+    pub fn take_texts(&mut self) -> Vec<Text> {
+        let good = self.entries.iter_mut().filter(|entry| entry.document.is_some());
+        good.map(|entry| Text {
+            number: entry.number,
+            name: entry.label(),
+            json: entry.json.take(),
+        })
+        .collect()
+    }
+
+    /// Whether anything in it is in force or could be.
+    pub fn is_good(&self) -> bool {
+        self.entries.iter().any(|entry| entry.document.is_some())
+    }
+
+    /// Whether anything in it is wrong, so that an earlier version may have to stay in force.
+    pub fn has_errors(&self) -> bool {
+        self.entries.iter().any(Entry::has_error)
     }
 
     pub fn len(&self) -> usize {
@@ -91,41 +168,48 @@ impl File {
         &self.entries
     }
 
-    pub(super) fn documents(&self, origin: &Origin) -> impl Iterator<Item = (At, &Arc<Document>)> {
-        self.entries.iter().enumerate().filter_map(|(index, entry)| {
-            let at = At {
-                origin: origin.clone(),
-                index,
-            };
-            Some((at, entry.document.as_ref()?))
-        })
+    /// Its documents, but for those that `other` has in the same places.
+    pub(super) fn documents_beside(
+        &self,
+        origin: &Origin,
+        other: Option<&Self>,
+    ) -> impl Iterator<Item = (At, &Arc<Document>)> {
+        let same = move |index: usize, document: &Arc<Document>| {
+            let other = other.and_then(|other| other.entries.get(index)?.document.as_ref());
+            other.is_some_and(|other| Arc::ptr_eq(other, document))
+        };
+        let entries = self.entries.iter().enumerate();
+        let documents = entries.filter_map(|(index, entry)| Some((index, entry.document.as_ref()?)));
+        documents
+            .filter(move |(index, document)| !same(*index, document))
+            .map(|(index, document)| {
+                let at = At {
+                    origin: origin.clone(),
+                    index,
+                };
+                (at, document)
+            })
     }
 
-    /// This version of a file after `previous`: documents with the same text stay the same object, and a document
+    /// This version of a file after `previous`: documents that say the same stay the same object, and a document
     /// that is bad now stays in force as it was.
     ///
     /// Where a broken document cannot even be named, it may be any that is missing: all of these stay.
     pub fn after(mut self, previous: &Self) -> Self {
-        let old = |key: &_| {
-            let same = |entry: &&Entry| {
-                entry
-                    .document
-                    .as_ref()
-                    .is_some_and(|document| document.key == *key)
-            };
-            previous.entries.iter().find(same)
-        };
+        let mut old = BTreeMap::new();
+        for document in previous
+            .entries
+            .iter()
+            .filter_map(|entry| entry.document.as_ref())
+        {
+            old.entry(&document.key).or_insert(document);
+        }
         for entry in &mut self.entries {
-            let Some(old) = entry
-                .key
-                .as_ref()
-                .and_then(old)
-                .and_then(|old| old.document.as_ref())
-            else {
+            let Some(old) = entry.key.as_ref().and_then(|key| old.get(key)) else {
                 continue;
             };
             match &mut entry.document {
-                Some(new) if new.json.get() == old.json.get() => *new = Arc::clone(old),
+                Some(new) if *new == **old => *new = Arc::clone(old),
                 Some(_) => {}
                 None => {
                     entry.document = Some(Arc::clone(old));
@@ -161,9 +245,13 @@ impl File {
 }
 
 impl Entry {
+    fn has_error(&self) -> bool {
+        self.issues.iter().any(|issue| issue.severity == Severity::Error)
+    }
+
     /// Broken so that not even its name can be read.
     fn is_unknown(&self) -> bool {
-        self.key.is_none() && self.issues.iter().any(|issue| issue.severity == Severity::Error)
+        self.key.is_none() && self.has_error()
     }
 
     fn keep_note(&mut self) {

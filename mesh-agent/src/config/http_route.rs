@@ -20,7 +20,7 @@ const MAX_BACKENDS: usize = 16;
 const MAX_PARENTS: usize = 32;
 const MAX_WEIGHT: u32 = 1_000_000;
 
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub(crate) struct HttpRoute {
     pub(crate) created: Option<SystemTime>,
     pub(crate) parents: Vec<Parent>,
@@ -28,7 +28,7 @@ pub(crate) struct HttpRoute {
 }
 
 /// The service that a route acts on.
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub(crate) struct Parent {
     pub(crate) service: ServiceKey,
     pub(crate) port: Option<u16>,
@@ -37,7 +37,7 @@ pub(crate) struct Parent {
     pub(crate) path: String,
 }
 
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub(crate) struct Rule {
     /// `namespace/route/name`, or its index.
     pub(crate) name: Arc<str>,
@@ -49,7 +49,7 @@ pub(crate) struct Rule {
     pub(crate) retry: RetryPolicy,
 }
 
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub(crate) struct BackendRef {
     pub(crate) service: ServiceKey,
     pub(crate) port: u16,

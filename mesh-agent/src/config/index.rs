@@ -15,18 +15,23 @@ use super::pod::Pod;
 use super::reference_grant::ReferenceGrant;
 use super::resource::{Document, Labels, Resource, ResourceKey};
 use super::service::Service;
-use crate::model::ServiceKey;
+use crate::model::{ServiceKey, Source};
 
 #[derive(Debug, Default)]
 pub(super) struct Index {
     files: BTreeMap<Origin, File>,
-    /// All documents that name a resource; the first is in force.
-    candidates: BTreeMap<ResourceKey, BTreeMap<At, Arc<Document>>>,
+    candidates: BTreeMap<ResourceKey, Candidates>,
     /// EndpointSlices and HTTPRoutes that shape a service.
-    attached: BTreeMap<ServiceKey, BTreeSet<ResourceKey>>,
+    attached: Links,
     /// HTTPRoutes that send to a service.
-    senders: BTreeMap<ServiceKey, BTreeSet<ResourceKey>>,
+    senders: Links,
 }
+
+/// All documents that name a resource, in the order of the files; the first is in force. There is nearly always one.
+type Candidates = Vec<(At, Arc<Document>)>;
+
+/// Services, and the resources that have to do with each. One set for all: most services have one or none.
+type Links = BTreeSet<(ServiceKey, ResourceKey)>;
 
 /// A resource whose document in force changed, came or went, or moved within the files.
 #[derive(Debug)]
@@ -41,28 +46,24 @@ impl Index {
     pub(super) fn replace(&mut self, files: Vec<(Origin, Option<File>)>) -> Vec<Change> {
         let mut before: BTreeMap<ResourceKey, Option<(At, Arc<Document>)>> = BTreeMap::new();
         for (origin, file) in files {
-            if let Some(old) = self.files.remove(&origin) {
-                for (at, document) in old.documents(&origin) {
-                    let key = &document.key;
-                    if !before.contains_key(key) {
-                        before.insert(key.clone(), self.in_force(key));
-                    }
-                    if let Some(candidates) = self.candidates.get_mut(key) {
-                        candidates.remove(&at);
-                        if candidates.is_empty() {
-                            self.candidates.remove(key);
-                        }
-                    }
-                }
-            }
-            let Some(file) = file else { continue };
-            for (at, document) in file.documents(&origin) {
+            let old = self.files.remove(&origin).unwrap_or_default();
+            for (at, document) in old.documents_beside(&origin, file.as_ref()) {
                 let key = &document.key;
                 if !before.contains_key(key) {
                     before.insert(key.clone(), self.in_force(key));
                 }
-                let candidates = self.candidates.entry(key.clone()).or_default();
-                candidates.insert(at, Arc::clone(document));
+                self.drop_candidate(key, &at);
+            }
+            let Some(file) = file else { continue };
+            for (at, document) in file.documents_beside(&origin, Some(&old)) {
+                let key = &document.key;
+                if !before.contains_key(key) {
+                    before.insert(key.clone(), self.in_force(key));
+                }
+                let candidates = self.candidates.entry(key.clone());
+                let candidates = candidates.or_insert_with(|| Vec::with_capacity(1));
+                let place = candidates.partition_point(|(other, _)| *other < at);
+                candidates.insert(place, (at, Arc::clone(document)));
             }
             self.files.insert(origin, file);
         }
@@ -91,23 +92,29 @@ impl Index {
         changes
     }
 
-    fn link(&mut self, document: &Document, add: bool) {
-        let change = |sets: &mut BTreeMap<ServiceKey, BTreeSet<ResourceKey>>, service: &ServiceKey| {
-            let set = sets.entry(service.clone()).or_default();
-            match add {
-                true => set.insert(document.key.clone()),
-                false => set.remove(&document.key),
-            };
-            if set.is_empty() {
-                sets.remove(service);
+    fn drop_candidate(&mut self, key: &ResourceKey, at: &At) {
+        if let Some(candidates) = self.candidates.get_mut(key) {
+            candidates.retain(|(other, _)| other != at);
+            if candidates.is_empty() {
+                self.candidates.remove(key);
             }
+        }
+    }
+
+    fn link(&mut self, document: &Document, add: bool) {
+        let change = |links: &mut Links, service: ServiceKey| {
+            let link = (service, document.key.clone());
+            match add {
+                true => links.insert(link),
+                false => links.remove(&link),
+            };
         };
         for service in shapes(document) {
-            change(&mut self.attached, &service);
+            change(&mut self.attached, service);
         }
         if let Resource::HttpRoute(route) = &document.resource {
             for backend in route.rules.iter().flat_map(|rule| &rule.backends) {
-                change(&mut self.senders, &backend.service);
+                change(&mut self.senders, backend.service.clone());
             }
         }
     }
@@ -116,30 +123,28 @@ impl Index {
         &self.files
     }
 
-    /// `file:document N`
-    pub(super) fn place(&self, at: &At) -> String {
+    pub(super) fn place(&self, at: &At) -> Source {
         let entry = self
             .files
             .get(&at.origin)
             .and_then(|file| file.entries().get(at.index));
-        format!(
-            "{}:document {}",
-            at.origin.file,
-            entry.map_or(0, |entry| entry.number)
-        )
+        Source {
+            file: Arc::clone(&at.origin.file),
+            document: entry.map_or(0, |entry| entry.number),
+        }
     }
 
     pub(super) fn candidates(&self, key: &ResourceKey) -> impl Iterator<Item = &At> {
-        self.candidates.get(key).into_iter().flat_map(BTreeMap::keys)
+        self.candidates.get(key).into_iter().flatten().map(|(at, _)| at)
     }
 
     pub(super) fn in_force(&self, key: &ResourceKey) -> Option<(At, Arc<Document>)> {
-        let (at, document) = self.candidates.get(key)?.first_key_value()?;
+        let (at, document) = self.candidates.get(key)?.first()?;
         Some((at.clone(), Arc::clone(document)))
     }
 
     fn get(&self, key: &ResourceKey) -> Option<&Resource> {
-        Some(&self.candidates.get(key)?.first_key_value()?.1.resource)
+        Some(&self.candidates.get(key)?.first()?.1.resource)
     }
 
     /// The resources of a kind, in one namespace or in all.
@@ -158,7 +163,7 @@ impl Index {
                         .as_ref()
                         .is_none_or(|namespace| key.namespace == *namespace)
             })
-            .filter_map(|(key, candidates)| Some((key, &candidates.first_key_value()?.1.resource)))
+            .filter_map(|(key, candidates)| Some((key, &candidates.first()?.1.resource)))
     }
 
     pub(super) fn pod(&self, key: &ResourceKey) -> Option<&Pod> {
@@ -204,11 +209,7 @@ impl Index {
     }
 
     fn attached(&self, service: &ServiceKey) -> impl Iterator<Item = (&ResourceKey, &Resource)> {
-        self.attached
-            .get(service)
-            .into_iter()
-            .flatten()
-            .filter_map(|key| Some((key, self.get(key)?)))
+        linked(&self.attached, service).filter_map(|key| Some((key, self.get(key)?)))
     }
 
     pub(super) fn slices_of(&self, service: &ServiceKey) -> impl Iterator<Item = &EndpointSlice> {
@@ -235,7 +236,7 @@ impl Index {
 
     /// The routes that send to a service.
     pub(super) fn senders(&self, service: &ServiceKey) -> impl Iterator<Item = &ResourceKey> {
-        self.senders.get(service).into_iter().flatten()
+        linked(&self.senders, service)
     }
 
     /// The routes that send to any service of a namespace.
@@ -246,9 +247,9 @@ impl Index {
         };
         let within = Arc::clone(&start.namespace);
         self.senders
-            .range(start..)
+            .range((start, ResourceKey::default())..)
             .take_while(move |(key, _)| key.namespace == within)
-            .flat_map(|(_, routes)| routes)
+            .map(|(_, route)| route)
     }
 
     pub(super) fn grants(&self, namespace: &str) -> impl Iterator<Item = &ReferenceGrant> {
@@ -270,6 +271,13 @@ impl Index {
                 _ => None,
             })
     }
+}
+
+fn linked<'a>(links: &'a Links, service: &ServiceKey) -> impl Iterator<Item = &'a ResourceKey> {
+    let within = service.clone();
+    let from = links.range((within.clone(), ResourceKey::default())..);
+    from.take_while(move |(service, _)| *service == within)
+        .map(|(_, key)| key)
 }
 
 /// The services whose endpoints or routes a document decides.

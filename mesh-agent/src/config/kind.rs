@@ -3,8 +3,9 @@
 use super::check::{Issue, Issues};
 
 /// The kinds that the agent compiles.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) enum Kind {
+    #[default]
     Namespace,
     Pod,
     Service,

@@ -35,8 +35,8 @@ use std::sync::Arc;
 
 pub use agent::{AccessLogFormat, AgentConfig, InvalidConfig, LogFormat};
 pub use compiler::Compiler;
-pub use file::{File, Origin};
-pub use read::{Listed, list, read_text};
+pub use file::{File, Origin, Text};
+pub use read::{Listed, is_listed, list, read_text};
 pub use validate::{Checked, validate};
 pub use vips::Vips;
 

@@ -10,7 +10,7 @@ use super::check::{Issue, Issues, Port, typed};
 use super::resource::{Labels, Meta, shared};
 use crate::model::MtlsMode;
 
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub(crate) struct PeerAuthentication {
     /// Empty: the whole namespace; in the root namespace the whole mesh.
     pub(crate) selector: Labels,

@@ -20,7 +20,7 @@ pub(crate) const CGROUP: &str = "mesh-agent.dev/cgroup";
 pub(crate) const FAST_PATH: &str = "mesh-agent.dev/fast-path";
 pub(crate) const ON_AGENT_DOWN: &str = "mesh-agent.dev/on-agent-down";
 
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub(crate) struct Pod {
     pub(crate) labels: Labels,
     pub(crate) addresses: Vec<IpAddr>,

@@ -14,7 +14,11 @@ const MAX_FILES: usize = 20_000;
 #[derive(Debug, PartialEq, Eq)]
 pub enum Listed {
     /// A folder: its `*.yaml`, `*.yml` and `*.json` files by name; hidden files and folders within are not read.
-    Folder(Vec<PathBuf>),
+    Folder {
+        files: Vec<PathBuf>,
+        /// Those that are links, or would be files if they led somewhere.
+        links: Vec<PathBuf>,
+    },
     File,
 }
 
@@ -23,15 +27,19 @@ pub fn list(path: &Path) -> io::Result<Listed> {
     if !fs::metadata(path)?.is_dir() {
         return Ok(Listed::File);
     }
-    let mut files = Vec::new();
+    let (mut files, mut links) = (Vec::new(), Vec::new());
     for entry in fs::read_dir(path)? {
-        let name = entry?.file_name();
-        let wanted = Path::new(&name)
-            .extension()
-            .is_some_and(|extension| extension == "yaml" || extension == "yml" || extension == "json");
-        let file = path.join(&name);
+        let entry = entry?;
+        let file = entry.path();
+        if !is_listed(&file) {
+            continue;
+        }
+        let kind = entry.file_type()?;
         // A link that leads nowhere is listed: reading it says what is wrong.
-        if wanted && !name.as_encoded_bytes().starts_with(b".") && !file.is_dir() {
+        if kind.is_symlink() && !file.is_dir() {
+            links.push(file.clone());
+            files.push(file);
+        } else if !kind.is_symlink() && !kind.is_dir() {
             files.push(file);
         }
         if files.len() > MAX_FILES {
@@ -41,7 +49,16 @@ pub fn list(path: &Path) -> io::Result<Listed> {
         }
     }
     files.sort();
-    Ok(Listed::Folder(files))
+    Ok(Listed::Folder { files, links })
+}
+
+/// Whether a folder's file of that name is read.
+pub fn is_listed(file: &Path) -> bool {
+    let wanted = file
+        .extension()
+        .is_some_and(|extension| extension == "yaml" || extension == "yml" || extension == "json");
+    let name = file.file_name().unwrap_or_default();
+    wanted && !name.as_encoded_bytes().starts_with(b".")
 }
 
 /// The text of a file. The error is for the user: it says what is allowed.
@@ -81,8 +98,14 @@ mod tests {
             fs::write(folder.path().join(name), "").unwrap();
         }
         fs::create_dir(folder.path().join("g.yaml")).unwrap();
-        let expected = ["a.yaml", "b.yml", "c.json"].map(|name| folder.path().join(name));
-        assert_eq!(list(folder.path()).unwrap(), Listed::Folder(expected.to_vec()));
+        let in_folder = |name| folder.path().join(name);
+        std::os::unix::fs::symlink("nowhere", in_folder("h.yaml")).unwrap();
+        std::os::unix::fs::symlink("g.yaml", in_folder("i.yaml")).unwrap();
+        let listed = Listed::Folder {
+            files: ["a.yaml", "b.yml", "c.json", "h.yaml"].map(in_folder).to_vec(),
+            links: vec![in_folder("h.yaml")],
+        };
+        assert_eq!(list(folder.path()).unwrap(), listed);
         assert_eq!(list(&folder.path().join("a.yaml")).unwrap(), Listed::File);
         assert!(list(&folder.path().join("z.yaml")).is_err());
     }

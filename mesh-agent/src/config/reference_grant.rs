@@ -6,7 +6,7 @@ use serde_json::Value;
 use super::check::{Issue, Issues, typed};
 use super::kind::GATEWAY_GROUP;
 
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub(crate) struct ReferenceGrant {
     /// Namespaces whose HTTPRoutes are meant.
     from: Vec<Box<str>>,

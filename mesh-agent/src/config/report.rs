@@ -131,7 +131,7 @@ fn rejected(at: &At, entry: &Entry, issue: Issue) -> Rejected {
         severity: issue.severity,
         file: Arc::clone(&at.origin.file),
         document: entry.number,
-        resource: printable(&entry.label).into(),
+        resource: printable(&entry.label()).into(),
         path: printable(&path).into(),
         message: printable(&issue.message).into(),
     }

@@ -26,7 +26,8 @@ use super::reference_grant::ReferenceGrant;
 use super::service::Service;
 
 /// Names one resource.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+/// The default comes before all others.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct ResourceKey {
     pub(crate) kind: Kind,
     /// Empty for a Namespace.
@@ -54,7 +55,7 @@ pub(crate) struct Meta {
     pub(crate) deleting: bool,
 }
 
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub(crate) enum Resource {
     Namespace(Labels),
     Pod(Pod),
@@ -65,37 +66,49 @@ pub(crate) enum Resource {
     PeerAuthentication(PeerAuthentication),
 }
 
-/// A document that is in force or could be.
-#[derive(Debug)]
+/// A document that is in force or could be. What it says is compared, not how it is written: formatting, and fields
+/// that mean nothing to a mesh, make no difference.
+#[derive(Debug, PartialEq)]
 pub(crate) struct Document {
     pub(crate) key: ResourceKey,
     pub(crate) resource: Resource,
-    /// The document as it was written, without its formatting: two with the same text are the same document.
-    pub(crate) json: Box<RawValue>,
 }
 
 /// One document of a file: what it is, what it gives, what is wrong with it.
 #[derive(Clone, Debug)]
 pub(crate) struct Entry {
     pub(crate) number: usize,
-    pub(crate) prefix: String,
-    /// As far as it could be read: `HTTPRoute shop/reviews`.
-    pub(crate) label: String,
+    pub(crate) prefix: Box<str>,
     pub(crate) key: Option<ResourceKey>,
+    /// What could be read of its name where there is no key.
+    pub(crate) fragment: Box<str>,
     /// `None` when it is refused or of no use.
     pub(crate) document: Option<Arc<Document>>,
     pub(crate) issues: Vec<Issue>,
+    /// The document without its formatting, until it is taken to be written down.
+    pub(crate) json: Option<Box<RawValue>>,
+}
+
+impl Entry {
+    /// `HTTPRoute shop/reviews`, as far as it could be read.
+    pub(crate) fn label(&self) -> String {
+        match &self.key {
+            Some(key) => key.to_string(),
+            None => self.fragment.to_string(),
+        }
+    }
 }
 
 /// Checks one document on its own.
 pub(crate) fn parse(raw: RawDocument) -> Entry {
     let mut entry = Entry {
         number: raw.number,
-        prefix: raw.prefix,
-        label: String::from("document"),
+        prefix: raw.prefix.into(),
         key: None,
+        fragment: "document".into(),
         document: None,
         issues: Vec::new(),
+        json: None,
     };
     let value = match raw.value {
         Ok(value) => value,
@@ -106,12 +119,12 @@ pub(crate) fn parse(raw: RawDocument) -> Entry {
     };
     let mut issues = Issues::default();
     match Envelope::open(value, &mut entry, &mut issues) {
-        Ok(Some(envelope)) => {
-            let json = envelope.json.clone();
+        Ok(Some((envelope, json))) => {
             let key = envelope.key.clone();
             let resource = envelope.resource(&mut issues);
             if let (Some(resource), false) = (resource, issues.has_errors()) {
-                entry.document = Some(Arc::new(Document { key, resource, json }));
+                entry.document = Some(Arc::new(Document { key, resource }));
+                entry.json = Some(json);
             }
         }
         Ok(None) => {}
@@ -128,7 +141,6 @@ struct Envelope {
     spec: Value,
     /// The whole document, for the kinds that have no `spec`.
     whole: Value,
-    json: Box<RawValue>,
 }
 
 #[derive(Deserialize)]
@@ -152,20 +164,28 @@ struct RawMeta {
 }
 
 impl Envelope {
-    /// `None` for kinds that the agent has no use for.
-    fn open(mut value: Value, entry: &mut Entry, issues: &mut Issues) -> Result<Option<Self>, Issue> {
-        if !value.is_object() {
+    /// The document, and the same as text. `None` for kinds that the agent has no use for.
+    fn open(
+        mut value: Value,
+        entry: &mut Entry,
+        issues: &mut Issues,
+    ) -> Result<Option<(Self, Box<RawValue>)>, Issue> {
+        let Some(map) = value.as_object() else {
             return Err(Issue::error(
                 "",
                 "not a resource; expected a map with apiVersion, kind and metadata",
             ));
-        }
+        };
+        // A slice's endpoints are most of it, and are not for its head.
+        let head = ["apiVersion", "kind", "metadata"]
+            .into_iter()
+            .filter_map(|field| Some((field.to_owned(), map.get(field)?.clone())));
+        let head: RawHead = typed(Value::Object(head.collect()), "")?;
         let json = to_raw_value(&value).map_err(|error| Issue::error("", error.to_string()))?;
-        let head: RawHead = typed(value.clone(), "")?;
-        entry.label.clone_from(&head.kind);
+        entry.fragment = head.kind.as_str().into();
         let Some(kind) = kind_of(&head.api_version, &head.kind, issues)? else {
             if let Some(name) = head.metadata.get("name").and_then(Value::as_str) {
-                entry.label = format!("{} {name}", head.kind);
+                entry.fragment = format!("{} {name}", head.kind).into();
             }
             return Ok(None);
         };
@@ -174,7 +194,7 @@ impl Envelope {
             metadata => typed(metadata, "metadata")?,
         };
         let key = name_of(kind, &raw)?;
-        entry.label = key.to_string();
+        entry.fragment = Box::default();
         entry.key = Some(key.clone());
         let meta = Meta::new(raw, issues);
         let spec = value.get_mut("spec").map(Value::take).unwrap_or_default();
@@ -189,13 +209,13 @@ impl Envelope {
                 }
             }
         }
-        Ok(Some(Self {
+        let envelope = Self {
             key,
             meta,
             spec,
             whole: value,
-            json,
-        }))
+        };
+        Ok(Some((envelope, json)))
     }
 
     fn resource(self, issues: &mut Issues) -> Option<Resource> {

@@ -14,7 +14,7 @@ use crate::model::{LoadBalancing, Protocol};
 
 pub(crate) const LOAD_BALANCING: &str = "mesh-agent.dev/load-balancing";
 
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub(crate) struct Service {
     /// Empty: the endpoints come from EndpointSlices alone.
     pub(crate) selector: Labels,
@@ -35,7 +35,7 @@ pub(crate) enum ServiceAddresses {
     Headless,
 }
 
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub(crate) struct ServicePort {
     pub(crate) name: Option<Arc<str>>,
     pub(crate) port: u16,
@@ -44,7 +44,7 @@ pub(crate) struct ServicePort {
     pub(crate) balancing: LoadBalancing,
 }
 
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 pub(crate) enum TargetPort {
     Number(u16),
     Name(Box<str>),

@@ -4,8 +4,6 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use imbl::HashMap as SharedMap;
-
 use super::Settings;
 use super::endpoint_slice::EndpointSlice;
 use super::index::Index;
@@ -13,7 +11,7 @@ use super::pod::Pod;
 use super::resource::selects;
 use super::routes;
 use super::service::{Service, ServiceAddresses, ServicePort, TargetPort};
-use crate::model::{self, Endpoint, Load, RouteRule, ServiceKey, Snapshot, Workload};
+use crate::model::{self, Endpoint, Load, RouteRule, ServiceKey, Snapshot, Target, TargetUser, Workload};
 
 /// Endpoints of one port. A hostile slice could list millions.
 const MAX_ENDPOINTS: usize = 100_000;
@@ -210,85 +208,67 @@ fn reuse(new: Vec<RouteRule>, old: Option<&Arc<[RouteRule]>>) -> Arc<[RouteRule]
     }
 }
 
-/// Which services use an address as an endpoint, and what its ports speak.
-#[derive(Debug, Default)]
-pub(super) struct Targets {
-    by_address: BTreeMap<IpAddr, BTreeMap<ServiceKey, usize>>,
-    by_socket: BTreeMap<SocketAddr, BTreeMap<(ServiceKey, u16), model::Protocol>>,
-}
-
-impl Targets {
-    pub(super) fn users(&self, address: IpAddr) -> impl Iterator<Item = &ServiceKey> {
-        self.by_address.get(&address).into_iter().flat_map(BTreeMap::keys)
-    }
-
-    /// Replaces one service by another version of it, and brings the snapshot's target maps up to date.
-    pub(super) fn replace(
-        &mut self,
-        old: Option<&model::Service>,
-        new: Option<&model::Service>,
-        snapshot: &mut Snapshot,
-    ) {
-        let mut touched = Vec::new();
-        for (service, add) in old
-            .map(|old| (old, false))
+/// Brings the snapshot's targets up to date with one service's change.
+pub(super) fn retarget(old: Option<&model::Service>, new: Option<&model::Service>, snapshot: &mut Snapshot) {
+    let (old, new) = (
+        old.map(uses).unwrap_or_default(),
+        new.map(uses).unwrap_or_default(),
+    );
+    let Some(key) = old
+        .values()
+        .chain(new.values())
+        .flatten()
+        .next()
+        .map(|user| user.service.clone())
+    else {
+        return;
+    };
+    // Endpoints that stay lend their target to those that come.
+    let mut stays = old.keys().filter(|address| old.get(address) == new.get(address));
+    let shared = stays.find_map(|address| snapshot.targets.get(address));
+    let mut shared: BTreeMap<Vec<TargetUser>, Arc<Target>> = shared
+        .map(|target| (target.users().to_vec(), Arc::clone(target)))
+        .into_iter()
+        .collect();
+    for address in old
+        .keys()
+        .chain(new.keys().filter(|address| !old.contains_key(address)))
+    {
+        if old.get(address) == new.get(address) {
+            continue;
+        }
+        let others = snapshot
+            .targets
+            .get(address)
             .into_iter()
-            .chain(new.map(|new| (new, true)))
-        {
-            for port in &service.ports {
-                for endpoint in port.endpoints.iter() {
-                    self.count(endpoint.address.ip(), &service.key, add);
-                    let users = self.by_socket.entry(endpoint.address).or_default();
-                    let user = (service.key.clone(), port.port);
-                    match add {
-                        true => users.insert(user, port.protocol),
-                        false => users.remove(&user),
-                    };
-                    touched.push(endpoint.address);
-                }
-            }
-        }
-        for address in touched {
-            self.publish(address, snapshot);
-        }
-    }
-
-    fn count(&mut self, address: IpAddr, service: &ServiceKey, add: bool) {
-        let users = self.by_address.entry(address).or_default();
-        let uses = users.entry(service.clone()).or_default();
-        *uses = if add { *uses + 1 } else { uses.saturating_sub(1) };
-        if *uses == 0 {
-            users.remove(service);
-        }
-        if users.is_empty() {
-            self.by_address.remove(&address);
-        }
-    }
-
-    fn publish(&mut self, address: SocketAddr, snapshot: &mut Snapshot) {
-        let Some(users) = self.by_socket.get(&address).filter(|users| !users.is_empty()) else {
-            self.by_socket.remove(&address);
-            snapshot.target_protocols.remove(&address);
-            snapshot.target_services.remove(&address);
-            return;
+            .flat_map(|target| target.users());
+        let mut users: Vec<_> = others.filter(|user| user.service != key).cloned().collect();
+        users.extend(new.get(address).into_iter().flatten().cloned());
+        let target = match shared.get(&users) {
+            Some(target) => Some(Arc::clone(target)),
+            None => Target::new(users.clone()).map(Arc::new),
         };
-        let protocol = users
-            .values()
-            .find(|protocol| **protocol != model::Protocol::Detect);
-        set(&mut snapshot.target_protocols, address, protocol.copied());
-        let service = users.keys().next().map(|(service, _)| service.clone());
-        set(&mut snapshot.target_services, address, service);
+        match target {
+            Some(target) => {
+                shared.insert(users, Arc::clone(&target));
+                snapshot.targets.insert(*address, target);
+            }
+            None => drop(snapshot.targets.remove(address)),
+        }
     }
 }
 
-fn set<V: Clone + PartialEq>(map: &mut SharedMap<SocketAddr, V>, address: SocketAddr, value: Option<V>) {
-    match value {
-        Some(value) if map.get(&address) == Some(&value) => {}
-        Some(value) => {
-            map.insert(address, value);
-        }
-        None => {
-            map.remove(&address);
+/// The sockets of a service's endpoints, and the ports that have them.
+fn uses(service: &model::Service) -> BTreeMap<SocketAddr, Vec<TargetUser>> {
+    let mut uses: BTreeMap<_, Vec<_>> = BTreeMap::new();
+    for port in &service.ports {
+        for endpoint in port.endpoints.iter() {
+            uses.entry(endpoint.address).or_default().push(TargetUser {
+                service: service.key.clone(),
+                port: port.port,
+                protocol: port.protocol,
+            });
         }
     }
+    uses
 }

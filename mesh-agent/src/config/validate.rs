@@ -24,30 +24,30 @@ impl Checked {
 
 /// Checks files and folders, each document by itself and all of them together.
 pub fn validate(paths: &[PathBuf], settings: Settings) -> Checked {
-    let mut files = Vec::new();
+    let mut checked = Vec::new();
     for (order, path) in paths.iter().enumerate() {
         let mut add = |path: &Path, file: File| {
             let origin = Origin {
                 order,
                 file: path.to_string_lossy().into(),
             };
-            files.push((origin, Some(file)));
+            checked.push((origin, Some(file)));
         };
         match list(path) {
             Ok(Listed::File) => add(path, read(path)),
-            Ok(Listed::Folder(listed)) if listed.is_empty() => {
+            Ok(Listed::Folder { files, .. }) if files.is_empty() => {
                 add(path, File::unreadable("has no *.yaml, *.yml or *.json file"));
             }
-            Ok(Listed::Folder(listed)) => listed.iter().for_each(|path| add(path, read(path))),
+            Ok(Listed::Folder { files, .. }) => files.iter().for_each(|path| add(path, read(path))),
             Err(error) => add(path, File::unreadable(format!("cannot be read: {error}"))),
         }
     }
     let mut compiler = Compiler::new(settings, Vips::default());
     let counts = (
-        files.len(),
-        files.iter().flat_map(|(_, file)| file).map(File::len).sum(),
+        checked.len(),
+        checked.iter().flat_map(|(_, file)| file).map(File::len).sum(),
     );
-    let findings = compiler.update(files).rejected.to_vec();
+    let findings = compiler.update(checked).rejected.to_vec();
     Checked {
         files: counts.0,
         documents: counts.1,

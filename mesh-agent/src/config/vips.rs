@@ -15,7 +15,9 @@ const LAST: u16 = u16::MAX - 1;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Vips {
     given: BTreeMap<ServiceKey, u16>,
-    taken: BTreeSet<u16>,
+    taken: BTreeMap<u16, ServiceKey>,
+    /// Services whose number is another than when somebody last asked.
+    changed: BTreeSet<ServiceKey>,
 }
 
 impl Vips {
@@ -23,7 +25,9 @@ impl Vips {
     pub fn restore(given: impl IntoIterator<Item = (ServiceKey, u16)>) -> Self {
         let mut vips = Self::default();
         for (key, number) in given {
-            if (1..=LAST).contains(&number) && !vips.given.contains_key(&key) && vips.taken.insert(number) {
+            let is_new = !vips.given.contains_key(&key) && !vips.taken.contains_key(&number);
+            if (1..=LAST).contains(&number) && is_new {
+                vips.taken.insert(number, key.clone());
                 vips.given.insert(key, number);
             }
         }
@@ -32,6 +36,17 @@ impl Vips {
 
     pub fn given(&self) -> impl Iterator<Item = (&ServiceKey, u16)> {
         self.given.iter().map(|(key, number)| (key, *number))
+    }
+
+    /// What was given (`None`: taken back) since the last call.
+    pub fn take_changes(&mut self) -> Vec<(ServiceKey, Option<u16>)> {
+        let changed = std::mem::take(&mut self.changed).into_iter();
+        changed
+            .map(|key| {
+                let number = self.given.get(&key).copied();
+                (key, number)
+            })
+            .collect()
     }
 
     /// The service's addresses; `None` when all are taken. `free` says that nobody else uses an address.
@@ -49,25 +64,30 @@ impl Vips {
                 1 + u16::try_from((u32::from(start) + u32::from(step)) % u32::from(LAST)).unwrap_or(0)
             })
             .find(|number| {
-                !self.taken.contains(number) && addresses(*number).iter().all(|address| free(*address))
+                !self.taken.contains_key(number) && addresses(*number).iter().all(|address| free(*address))
             })?;
-        self.taken.insert(number);
+        self.taken.insert(number, key.clone());
         self.given.insert(key.clone(), number);
+        self.changed.insert(key.clone());
         Some(addresses(number))
     }
 
     /// The service that an address was given to.
     pub(super) fn holder(&self, address: IpAddr) -> Option<&ServiceKey> {
-        let given = |number: u16| addresses(number).contains(&address);
-        self.given
-            .iter()
-            .find(|(_, number)| given(**number))
-            .map(|(key, _)| key)
+        // The number is at the end of both of its addresses.
+        let [.., high, low] = match address {
+            IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
+            IpAddr::V6(v6) => v6.octets(),
+        };
+        let number = u16::from_be_bytes([high, low]);
+        let ours = addresses(number).contains(&address);
+        self.taken.get(&number).filter(|_| ours)
     }
 
     pub(super) fn release(&mut self, key: &ServiceKey) {
         if let Some(number) = self.given.remove(key) {
             self.taken.remove(&number);
+            self.changed.insert(key.clone());
         }
     }
 
@@ -125,8 +145,13 @@ mod tests {
             vips.give(&key(&format!("s{other}")), |_| true).unwrap();
         }
         assert_eq!(vips.give(&key("reviews"), |_| true), Some(reviews));
-        let mut again = Vips::restore(vips.given().map(|(key, number)| (key.clone(), number)));
+        let given = vips.take_changes().into_iter();
+        let mut again = Vips::restore(given.filter_map(|(key, number)| Some((key, number?))));
         assert_eq!(again, vips);
+        let holder = again.holder(reviews[1]);
+        assert_eq!(holder, Some(&key("reviews")));
+        assert_eq!(again.holder("10.0.189.3".parse().unwrap()), None);
+        assert_eq!(again.take_changes(), []);
         assert_eq!(again.give(&key("reviews"), |_| true), Some(reviews));
     }
 
@@ -139,7 +164,9 @@ mod tests {
             assert!(seen.insert(v4) && seen.insert(v6));
         }
         assert_eq!(vips.give(&key("one-more"), |_| true), None);
+        vips.take_changes();
         vips.release(&key("7"));
+        assert_eq!(vips.take_changes(), [(key("7"), None)]);
         assert!(vips.give(&key("one-more"), |_| true).is_some());
     }
 

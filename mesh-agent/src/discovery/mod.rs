@@ -4,12 +4,17 @@
 //! good stays in force until something good replaces it or its file is taken away; what is in force is on disk, so
 //! that an agent that starts while its files cannot be read goes on where the last one stopped.
 
+mod events;
+mod journal;
+mod saver;
 mod scan;
-mod state;
+mod stamp;
 mod watch;
 
 pub use scan::FileSource;
 pub use watch::Watching;
 
+#[cfg(test)]
+mod state_tests;
 #[cfg(test)]
 mod tests;

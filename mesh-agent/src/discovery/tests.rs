@@ -2,35 +2,36 @@
 
 use std::fs;
 use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::mpsc::sync_channel;
 use std::thread;
 use std::time::Duration;
 
 use tempfile::TempDir;
 use tokio::time::Instant;
 
+use super::events::Events;
+use super::scan::Look;
 use super::watch::Folders;
 use super::{FileSource, Watching};
 use crate::config::AgentConfig;
 use crate::model::Snapshot;
 use crate::store::Store;
 
-/// A machine that builds something else at the same time is slow; the events themselves take some 60 ms.
+/// A machine that builds something else at the same time is slow; the events themselves take some milliseconds.
 const SOON: Duration = Duration::from_secs(5);
 const NEVER: Duration = Duration::from_secs(3600);
 
-struct World {
+pub(super) struct World {
     folder: TempDir,
     /// Elsewhere: writing the state must not wake the watcher, which a test may wait for.
     state: TempDir,
-    config: AgentConfig,
+    pub(super) config: AgentConfig,
 }
 
 impl World {
     /// Watches `paths`, which are relative to the world's folder.
-    fn new(paths: &[&str]) -> Self {
+    pub(super) fn new(paths: &[&str]) -> Self {
         let (folder, state) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let mut config = AgentConfig::load(None, Some("node-a")).unwrap();
         config.files = paths.iter().map(|path| folder.path().join(path)).collect();
@@ -42,21 +43,21 @@ impl World {
         }
     }
 
-    fn path(&self, path: &str) -> PathBuf {
+    pub(super) fn path(&self, path: &str) -> PathBuf {
         self.folder.path().join(path)
     }
 
-    fn write(&self, path: &str, text: &str) {
+    pub(super) fn write(&self, path: &str, text: &str) {
         fs::create_dir_all(self.path(path).parent().unwrap()).unwrap();
         fs::write(self.path(path), text).unwrap();
     }
 
-    fn state_file(&self) -> PathBuf {
+    pub(super) fn state_file(&self) -> PathBuf {
         assert!(self.config.state_dir.starts_with(self.state.path()));
-        self.config.state_dir.join("resources.json")
+        self.config.state_dir.join("resources.jsonl")
     }
 
-    fn open(&self) -> FileSource {
+    pub(super) fn open(&self) -> FileSource {
         FileSource::open(&self.config)
     }
 
@@ -99,7 +100,7 @@ impl Running {
     }
 }
 
-fn names(snapshot: &Snapshot) -> Vec<String> {
+pub(super) fn names(snapshot: &Snapshot) -> Vec<String> {
     let mut names: Vec<_> = snapshot
         .workloads
         .values()
@@ -109,11 +110,11 @@ fn names(snapshot: &Snapshot) -> Vec<String> {
     names
 }
 
-fn pod(name: &str, ip: u8) -> String {
+pub(super) fn pod(name: &str, ip: u8) -> String {
     format!("---\napiVersion: v1\nkind: Pod\nmetadata: {{name: {name}}}\nstatus: {{podIP: 10.0.0.{ip}}}\n")
 }
 
-const SERVICE: &str =
+pub(super) const SERVICE: &str =
     "---\napiVersion: v1\nkind: Service\nmetadata: {name: web}\nspec: {ports: [{port: 80}]}\n";
 
 #[test]
@@ -243,91 +244,6 @@ fn what_becomes_bad_stays_as_it_was() {
 }
 
 #[test]
-fn the_last_good_state_outlives_the_agent() {
-    let world = World::new(&["pods", "one.yaml"]);
-    world.write("pods/a.yaml", &[pod("a", 1), SERVICE.to_owned()].concat());
-    world.write("one.yaml", &pod("one", 9));
-    let vips = {
-        let mut source = world.open();
-        source.draft().unwrap().write();
-        let services = source
-            .snapshot()
-            .services
-            .values()
-            .map(|service| service.vips.clone());
-        services.collect::<Vec<_>>()
-    };
-    // Nothing can be read at the next start.
-    fs::rename(world.path("pods"), world.path("away")).unwrap();
-    fs::remove_file(world.path("one.yaml")).unwrap();
-    let source = world.open();
-    assert_eq!(names(source.snapshot()), ["a", "one"]);
-    assert_eq!(
-        source.snapshot().rejected.len(),
-        2,
-        "{:?}",
-        source.snapshot().rejected
-    );
-    let services = source
-        .snapshot()
-        .services
-        .values()
-        .map(|service| service.vips.clone());
-    assert_eq!(services.collect::<Vec<_>>(), vips);
-
-    // A document that is bad at the start has a last good version, too; one that was taken away has not.
-    world.write("one.yaml", &pod("one", 9).replace("10.0.0", "x"));
-    fs::create_dir(world.path("pods")).unwrap();
-    let mut source = world.open();
-    assert_eq!(names(source.snapshot()), ["one"]);
-    source.draft().unwrap().write();
-    assert_eq!(names(world.open().snapshot()), ["one"]);
-}
-
-#[test]
-fn a_state_that_cannot_be_used_is_left() {
-    let world = World::new(&["pods"]);
-    for state in [
-        "",
-        "{",
-        "[]",
-        "{\"version\": 2, \"files\": 1}",
-        "{\"version\": 1}",
-    ] {
-        fs::create_dir_all(&world.config.state_dir).unwrap();
-        fs::write(world.state_file(), state).unwrap();
-        assert_eq!(names(world.open().snapshot()), [""; 0], "{state}");
-    }
-    world.write("pods/a.yaml", &[pod("a", 1), SERVICE.to_owned()].concat());
-    let mut source = world.open();
-    source.draft().unwrap().write();
-    let state = world.state_file();
-    assert_eq!(mode(&state), 0o600);
-    // The bytes on disk are the whole truth.
-    let text = fs::read_to_string(&state).unwrap();
-    let mut json: serde_json::Value = serde_json::from_str(&text.replace("10.0.0.1", "10.0.0.7")).unwrap();
-    json["addresses"]["default/web"] = 258.into();
-    fs::write(&state, json.to_string()).unwrap();
-    fs::remove_dir_all(world.path("pods")).unwrap();
-    let source = world.open();
-    let web = source.snapshot().services.values().next().unwrap();
-    assert_eq!(
-        web.vips[0].to_string(),
-        "240.240.1.2",
-        "an address that was given stays"
-    );
-    assert_eq!(
-        source.snapshot().workloads.get("default/a").unwrap().addresses[0].to_string(),
-        "10.0.0.7"
-    );
-}
-
-fn mode(path: &Path) -> u32 {
-    use std::os::unix::fs::PermissionsExt;
-    fs::metadata(path).unwrap().permissions().mode() & 0o777
-}
-
-#[test]
 fn without_events_the_poll_sees_it() {
     let world = World::new(&["pods"]);
     world.write("pods/a.yaml", &pod("a", 1));
@@ -335,7 +251,7 @@ fn without_events_the_poll_sees_it() {
     let store = Store::new(source.snapshot().clone());
     let watching = source
         .watch_every(Duration::from_millis(20), store.clone(), |_| {
-            Folders::new(sync_channel(1).0)
+            Folders::new(Events::new().0)
         })
         .unwrap();
     let running = Running {
@@ -351,11 +267,44 @@ fn nothing_is_published_when_nothing_changed() {
     let world = World::new(&["pods"]);
     world.write("pods/a.yaml", &pod("a", 1));
     let mut source = world.open();
-    assert!(!source.scan());
+    assert!(!source.scan(&Look::All));
     world.write("pods/a.yaml", &pod("a", 1));
-    assert!(!source.scan(), "the same text again");
+    assert!(!source.scan(&Look::All), "the same text again");
     let generation = source.snapshot().generation;
     world.write("pods/a.yaml", &pod("b", 1));
-    assert!(source.scan());
+    assert!(source.scan(&Look::All));
     assert_eq!(source.snapshot().generation, generation + 1);
+}
+
+#[test]
+fn an_event_calls_for_what_it_names() {
+    let world = World::new(&["pods", "one.yaml", "not/yet"]);
+    world.write("pods/a.yaml", &pod("a", 1));
+    world.write("one.yaml", &pod("one", 9));
+    let source = world.open();
+    let look = |source: &FileSource, path: &str| source.look_for(&world.path(path));
+    let file = |path: &str| Some(Look::Files([world.path(path)].into()));
+    for (path, expected) in [
+        ("pods/a.yaml", file("pods/a.yaml")),
+        ("pods/new.yaml", file("pods/new.yaml")),
+        ("pods/.a.yaml.swp", None),
+        ("pods/README", None),
+        ("one.yaml", file("one.yaml")),
+        ("two.yaml", None),
+        ("pods", Some(Look::All)),
+        ("not", Some(Look::All)),
+    ] {
+        assert_eq!(look(&source, path), expected, "{path}");
+    }
+    // Where there are links, any name may be a part of their way.
+    symlink(world.path("elsewhere.yaml"), world.path("pods/b.yaml")).unwrap();
+    assert_eq!(look(&world.open(), "two.yaml"), Some(Look::All));
+    // A file that is gone, or a link, is not looked at alone.
+    for path in ["pods/gone.yaml", "pods/b.yaml"] {
+        assert_eq!(source.widened(file(path).unwrap()), Look::All, "{path}");
+    }
+    assert_eq!(
+        source.widened(file("one.yaml").unwrap()),
+        file("one.yaml").unwrap()
+    );
 }

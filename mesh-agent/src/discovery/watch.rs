@@ -1,37 +1,35 @@
-//! Watching: file system events wake the source, and a slow poll catches what events miss (network file systems).
+//! Watching: file system events name the files to look at, and a slow poll of all of them catches what events miss
+//! (network file systems).
+//!
+//! Invariant: an event costs what it names, and the poll a bounded share of the time, however many files there are.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use notify::event::{AccessKind, AccessMode};
-use notify::{Event, EventKind, RecommendedWatcher, RecursiveMode, Watcher};
+use notify::{RecommendedWatcher, RecursiveMode, Watcher};
+use tokio::time::Instant;
 
-use super::scan::FileSource;
-use super::state::Draft;
+use super::events::{Events, Wakes};
+use super::saver::Saver;
+use super::scan::{FileSource, Look};
 use crate::store::Store;
 
 /// Without an event in all that time the files are looked at anyway.
 const POLL: Duration = Duration::from_secs(2);
-/// One save of an editor is several events: quiet for this long, it is over.
-const QUIET: Duration = Duration::from_millis(50);
-/// But a folder that is never quiet is looked at all the same.
-const MAX_QUIET_WAITS: usize = 4;
+/// But for each moment spent looking this many are spent otherwise.
+const POLL_REST: u32 = 200;
 /// Folders watched at once; the poll covers the others.
 const MAX_WATCHES: usize = 512;
 
 /// Watches as long as it lives.
 #[derive(Debug)]
 pub struct Watching {
-    stop: Arc<AtomicBool>,
-    wake: SyncSender<()>,
+    events: Events,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -42,22 +40,27 @@ impl FileSource {
     }
 
     pub(super) fn watch_every(
-        self,
+        mut self,
         poll: Duration,
         store: Store,
-        folders: impl FnOnce(SyncSender<()>) -> Folders,
+        folders: impl FnOnce(Events) -> Folders,
     ) -> io::Result<Watching> {
-        // One message is enough: it says "look again", not what happened.
-        let (wake, events) = sync_channel(1);
-        let stop = Arc::new(AtomicBool::new(false));
-        let folders = folders(wake.clone());
-        let thread = thread::Builder::new().name("discovery".to_owned()).spawn({
-            let stop = Arc::clone(&stop);
-            move || run(self, &store, folders, &Wakes { events, poll }, &stop)
-        })?;
+        let (events, wakes) = Events::new();
+        let folders = folders(events.clone());
+        let saver = self.journal.take().map(Saver::start).transpose()?;
+        let mut discovery = Discovery {
+            source: self,
+            store,
+            folders,
+            wakes,
+            saver,
+            poll,
+        };
+        let thread = thread::Builder::new()
+            .name("discovery".to_owned())
+            .spawn(move || discovery.run())?;
         Ok(Watching {
-            stop,
-            wake,
+            events,
             thread: Some(thread),
         })
     }
@@ -66,117 +69,67 @@ impl FileSource {
 impl Watching {
     /// Ends the thread and waits for it: at most for one look at the files.
     pub fn stop(mut self) {
-        self.signal();
+        self.events.stop();
         if let Some(thread) = self.thread.take() {
             // A panic there was reported when it happened.
             let _ = thread.join();
         }
-    }
-
-    fn signal(&self) {
-        self.stop.store(true, Ordering::Relaxed);
-        // A full queue wakes as well.
-        let _ = self.wake.try_send(());
     }
 }
 
 impl Drop for Watching {
     fn drop(&mut self) {
-        self.signal();
+        self.events.stop();
     }
 }
 
-fn run(mut source: FileSource, store: &Store, mut folders: Folders, wakes: &Wakes, stop: &AtomicBool) {
-    let mut saver = Saver::start();
-    saver.save(source.draft());
-    let mut again = true;
-    loop {
-        saver.save(None);
-        if !again && !wakes.wait() {
-            return;
-        }
-        if stop.load(Ordering::Relaxed) {
-            return;
-        }
-        folders.follow(&source);
-        if source.scan() {
-            store.publish(source.snapshot().clone());
-            saver.save(source.draft());
-        }
-        // What is new to the watcher may have changed before it was watched.
-        again = folders.follow(&source);
-    }
-}
-
-/// Writes states in a thread of its own: a disk may take seconds, for which no change must wait.
-struct Saver {
-    drafts: Option<SyncSender<Draft>>,
-    /// The newest one, while the thread is busy with others.
-    waiting: Option<Draft>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Saver {
-    fn start() -> Self {
-        let (drafts, queue) = sync_channel::<Draft>(1);
-        let thread = thread::Builder::new()
-            .name("state".to_owned())
-            .spawn(move || queue.iter().for_each(|draft| draft.write()))
-            .map_err(|error| tracing::warn!(%error, "the state is written at the end only"))
-            .ok();
-        Self {
-            drafts: thread.is_some().then_some(drafts),
-            waiting: None,
-            thread,
-        }
-    }
-
-    /// Hands the newest draft on, or the one that waits, as soon as there is room for it.
-    fn save(&mut self, newest: Option<Draft>) {
-        self.waiting = newest.or_else(|| self.waiting.take());
-        if let (Some(drafts), Some(draft)) = (&self.drafts, self.waiting.take()) {
-            self.waiting = drafts.try_send(draft).err().map(|error| match error {
-                TrySendError::Full(draft) | TrySendError::Disconnected(draft) => draft,
-            });
-        }
-    }
-}
-
-impl Drop for Saver {
-    fn drop(&mut self) {
-        self.drafts = None;
-        if let Some(thread) = self.thread.take() {
-            // A panic there was reported when it happened.
-            let _ = thread.join();
-        }
-        if let Some(draft) = &self.waiting {
-            draft.write();
-        }
-    }
-}
-
-/// When to look again.
-struct Wakes {
-    events: Receiver<()>,
+/// What the thread has.
+struct Discovery {
+    source: FileSource,
+    store: Store,
+    folders: Folders,
+    wakes: Wakes,
+    saver: Option<Saver>,
     poll: Duration,
 }
 
-impl Wakes {
-    /// Waits for an event and for the quiet after it, or for the time to poll. False when nobody can send any more.
-    fn wait(&self) -> bool {
-        match self.events.recv_timeout(self.poll) {
-            Ok(()) => {}
-            Err(RecvTimeoutError::Timeout) => return true,
-            Err(RecvTimeoutError::Disconnected) => return false,
-        }
-        for _ in 0..MAX_QUIET_WAITS {
-            match self.events.recv_timeout(QUIET) {
-                Ok(()) => {}
-                Err(RecvTimeoutError::Timeout) => return true,
-                Err(RecvTimeoutError::Disconnected) => return false,
+impl Discovery {
+    fn run(&mut self) {
+        // What changed before it was watched made no event.
+        let mut next = Some(Look::All);
+        let mut poll_at = Instant::now();
+        loop {
+            self.save();
+            let look = match next.take() {
+                Some(look) => Some(look),
+                None => self.wakes.wait(poll_at, |path| self.source.look_for(path)),
+            };
+            let Some(look) = look else { return };
+            match self.source.widened(look) {
+                Look::All => {
+                    let begun = Instant::now();
+                    self.folders.follow(&self.source);
+                    self.look(&Look::All);
+                    // What is new to the watcher may have changed before it was watched.
+                    next = self.folders.follow(&self.source).then_some(Look::All);
+                    poll_at = Instant::now() + self.poll.max(begun.elapsed() * POLL_REST);
+                }
+                files => self.look(&files),
             }
         }
-        true
+    }
+
+    fn look(&mut self, look: &Look) {
+        if self.source.scan(look) {
+            self.store.publish(self.source.snapshot().clone());
+        }
+    }
+
+    fn save(&mut self) {
+        let draft = self.source.take_draft();
+        if let Some(saver) = &mut self.saver {
+            saver.save(draft);
+        }
     }
 }
 
@@ -187,19 +140,8 @@ pub(super) struct Folders {
 }
 
 impl Folders {
-    pub(super) fn new(wake: SyncSender<()>) -> Self {
-        let handler = move |event: notify::Result<Event>| {
-            // Our own reading makes events too, and must not wake us.
-            let matters = event.map_or(true, |event| match event.kind {
-                EventKind::Access(kind) => kind == AccessKind::Close(AccessMode::Write),
-                _ => true,
-            });
-            if matters {
-                // A full queue already says that there is something to see.
-                let _ = wake.try_send(());
-            }
-        };
-        let watcher = notify::recommended_watcher(handler)
+    pub(super) fn new(events: Events) -> Self {
+        let watcher = notify::recommended_watcher(move |event| events.notice(event))
             .map_err(|error| tracing::warn!(%error, "files are polled: they cannot be watched"))
             .ok();
         Self {
@@ -255,10 +197,8 @@ fn folders(source: &FileSource) -> BTreeSet<PathBuf> {
         }
         folders.insert(above);
     }
-    let links = source
-        .known_files()
-        .filter(|file| file.is_symlink())
-        .filter_map(|file| fs::canonicalize(file).ok());
+    let links = source.links().iter();
+    let links = links.filter_map(|file| fs::canonicalize(file).ok());
     folders.extend(links.map(|file| parent(&file)));
     folders
 }

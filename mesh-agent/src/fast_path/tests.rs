@@ -63,7 +63,8 @@ fn compile(documents: &[String]) -> (Snapshot, Captured) {
         .clone();
     assert!(snapshot.rejected.is_empty(), "{:?}", snapshot.rejected);
     let captured = snapshot
-        .local_workloads()
+        .local_workloads
+        .values()
         .map(|workload| (key(workload), Arc::clone(workload)))
         .collect();
     (snapshot, captured)

@@ -9,6 +9,7 @@ mod identity;
 mod route;
 mod service;
 mod snapshot;
+mod target;
 mod workload;
 
 pub use endpoint::{Endpoint, InFlight, Load};
@@ -18,5 +19,6 @@ pub use route::{
     RetryPolicy, RouteRule, StringMatch, Timeouts,
 };
 pub use service::{LoadBalancing, Protocol, Service, ServiceKey, ServicePort};
-pub use snapshot::{Destination, Rejected, Severity, Snapshot};
+pub use snapshot::{Destination, Rejected, Severity, Snapshot, Source};
+pub use target::{Target, TargetUser};
 pub use workload::{MtlsMode, MtlsPolicy, OnAgentDown, Place, Workload};

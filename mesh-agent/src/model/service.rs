@@ -10,7 +10,7 @@ use http::HeaderValue;
 use super::{Endpoint, RouteRule};
 
 /// Names a service within the mesh.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ServiceKey {
     pub namespace: Arc<str>,
     pub name: Arc<str>,
@@ -105,7 +105,7 @@ impl ServicePort {
 }
 
 /// What a port speaks, by its `appProtocol`, else by the prefix of its name (`http-web`, `grpc`, `tcp-db`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Protocol {
     /// Nobody said: the first bytes decide.
     Detect,

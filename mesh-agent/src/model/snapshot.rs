@@ -4,9 +4,9 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use imbl::HashMap as SharedMap;
+use imbl::{HashMap as SharedMap, OrdMap as SharedOrdMap};
 
-use super::{Protocol, Service, ServiceKey, ServicePort, Workload};
+use super::{Protocol, Service, ServiceKey, ServicePort, Target, Workload};
 
 /// Published whole, never changed. The maps share their structure with the snapshot before, so publishing one
 /// changed endpoint does not copy the mesh.
@@ -17,19 +17,19 @@ pub struct Snapshot {
     pub trust_domain: Arc<str>,
     /// By `namespace/name`.
     pub workloads: SharedMap<Arc<str>, Arc<Workload>>,
+    /// Those of them that this agent captures.
+    pub local_workloads: SharedMap<Arc<str>, Arc<Workload>>,
     pub workloads_by_address: SharedMap<IpAddr, Arc<Workload>>,
     pub services: SharedMap<ServiceKey, Arc<Service>>,
     pub services_by_vip: SharedMap<IpAddr, Arc<Service>>,
     /// Those that a workload of this agent serves (see [`Service::is_near`]).
     pub near_services: SharedMap<ServiceKey, Arc<Service>>,
-    /// What a workload's own ports speak, by the services that select it: (address, target port).
-    pub target_protocols: SharedMap<SocketAddr, Protocol>,
-    /// The service that a target port belongs to, for metrics of connections made by pod IP (the first by name).
-    pub target_services: SharedMap<SocketAddr, ServiceKey>,
+    /// Endpoints of services, by their sockets: what they speak, and whose they are.
+    pub targets: SharedOrdMap<SocketAddr, Arc<Target>>,
     /// Documents that were refused, and warnings; the rest goes on without them. In the order of the files.
     pub rejected: Arc<[Rejected]>,
-    /// Where each resource came from (`file:document N`), by `kind/namespace/name`, for the admin page.
-    pub sources: SharedMap<Arc<str>, Arc<str>>,
+    /// Where each Pod and Service came from, by `kind/namespace/name`, for the admin page.
+    pub sources: SharedMap<Arc<str>, Source>,
 }
 
 /// What an address that an application dialled is.
@@ -66,17 +66,35 @@ impl Snapshot {
 
     /// What a workload speaks at `address`; [`Protocol::Detect`] when no service says.
     pub fn target_protocol(&self, address: SocketAddr) -> Protocol {
-        self.target_protocols
+        self.targets
             .get(&address)
-            .copied()
-            .unwrap_or(Protocol::Detect)
+            .map_or(Protocol::Detect, |target| target.protocol())
     }
 
-    /// The workloads that this agent captures.
-    pub fn local_workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {
-        self.workloads
-            .values()
-            .filter(|workload| workload.place.is_some())
+    /// The service that a socket belongs to, for metrics of connections made by pod IP.
+    pub fn target_service(&self, address: SocketAddr) -> Option<&Arc<Service>> {
+        self.services.get(self.targets.get(&address)?.service()?)
+    }
+
+    /// The services that have an endpoint at `ip`, one of them several times perhaps.
+    pub fn users(&self, ip: IpAddr) -> impl Iterator<Item = &ServiceKey> {
+        let sockets = SocketAddr::new(ip, 0)..=SocketAddr::new(ip, u16::MAX);
+        let users = self.targets.range(sockets).flat_map(|(_, target)| target.users());
+        users.map(|user| &user.service)
+    }
+}
+
+/// A document's place. Shown as `file:document N`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Source {
+    pub file: Arc<str>,
+    /// Counted from 1 within the file.
+    pub document: usize,
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:document {}", self.file, self.document)
     }
 }
 

@@ -5,12 +5,14 @@
 //! be HTTP ([`Prefixed::refuse_http`]) ends in an error before the first request line was given out whole, so
 //! that neither a pause nor an oddity makes a request pass for something else.
 
+use std::future::poll_fn;
 use std::io;
+use std::mem::MaybeUninit;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, Bytes, BytesMut};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::first_line::{Begun, FirstLine, Line};
 use super::stream::Stream;
@@ -145,11 +147,17 @@ impl<S> Prefixed<S> {
 }
 
 impl<S: AsyncRead + Unpin> Prefixed<S> {
-    /// Reads some more into the prefix. Cancel safe.
+    /// Reads some more into the prefix. Cancel safe. Until something comes there is no buffer for it.
     pub(super) async fn fill(&mut self) -> io::Result<usize> {
         const STEP: usize = 2048;
-        self.prefix.reserve(STEP);
-        self.stream.read_buf(&mut self.prefix).await
+        poll_fn(|cx| {
+            let mut bytes = [MaybeUninit::uninit(); STEP];
+            let mut read = ReadBuf::uninit(&mut bytes);
+            ready!(Pin::new(&mut self.stream).poll_read(cx, &mut read))?;
+            self.prefix.extend_from_slice(read.filled());
+            Poll::Ready(Ok(read.filled().len()))
+        })
+        .await
     }
 }
 
@@ -221,6 +229,8 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Prefixed<S> {
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::AsyncReadExt;
+
     use super::*;
 
     #[test]

@@ -142,7 +142,7 @@ fn service<'a>(snapshot: &'a Snapshot, caller: &Caller, to: SocketAddr) -> Optio
     let dialled = dialled.as_ref().and_then(get);
     dialled
         .filter(|service| service.has_endpoint(to))
-        .or_else(|| snapshot.target_services.get(&to).and_then(get))
+        .or_else(|| snapshot.target_service(to))
 }
 
 async fn clear_text(proxy: Arc<Proxy>, accepted: Accepted) {

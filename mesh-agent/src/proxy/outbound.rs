@@ -166,11 +166,8 @@ impl Outbound {
                     .workloads_by_address
                     .get(&self.original.ip().to_canonical());
                 let workload = Arc::clone(current.unwrap_or(workload));
-                let service = snapshot.target_services.get(&self.original);
                 Candidates {
-                    service: service
-                        .and_then(|key| snapshot.services.get(key))
-                        .map(|service| &**service),
+                    service: snapshot.target_service(self.original).map(|service| &**service),
                     protocol: snapshot.target_protocol(self.original),
                     balancing: LoadBalancing::RoundRobin,
                     endpoints: vec![self.endpoint(Some(workload))].into(),

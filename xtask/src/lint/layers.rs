@@ -23,6 +23,7 @@ const LAYERS: [(&str, Imports); 25] = [
     ("model", Imports::Only(&[])),
     ("drain", Imports::Only(&[])),
     ("lanes", Imports::Only(&[])),
+    ("memory", Imports::Only(&[])),
     ("log_filter", Imports::Only(&[])),
     ("telemetry", Imports::Only(&["log_filter"])),
     ("sock", Imports::Only(&[])),

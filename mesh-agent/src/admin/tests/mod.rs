@@ -18,7 +18,7 @@ use super::*;
 use crate::model::{
     Backend, Endpoint, Identity, LoadBalancing, MtlsMode, MtlsPolicy, OnAgentDown, PathMatch, Place,
     Protocol, Rejected, RequestMatch, RetryPolicy, RouteRule, Service, ServiceKey, ServicePort, Severity,
-    Snapshot, Timeouts, Workload,
+    Snapshot, Source, Timeouts, Workload,
 };
 use crate::telemetry::{self, Format};
 
@@ -224,13 +224,18 @@ fn snapshot() -> Snapshot {
         trust_domain: "cluster.local".into(),
         ..Snapshot::default()
     };
+    snapshot
+        .local_workloads
+        .insert(local.uid().into(), Arc::clone(&local));
     for workload in [local, remote] {
         snapshot.workloads.insert(workload.uid().into(), workload);
     }
     snapshot.services.insert(key, service);
-    snapshot
-        .sources
-        .insert("Pod/shop/reviews-1".into(), "pods.yaml:1".into());
+    let source = Source {
+        file: "pods.yaml".into(),
+        document: 1,
+    };
+    snapshot.sources.insert("Pod/shop/reviews-1".into(), source);
     snapshot.rejected = findings();
     snapshot
 }

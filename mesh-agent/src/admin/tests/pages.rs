@@ -148,7 +148,7 @@ async fn resources_as_documented() {
             "namespace": "shop", "name": "reviews-1", "state": "enrolled", "node": "node-a",
             "addresses": ["10.0.0.2"], "identity": "spiffe://cluster.local/ns/shop/sa/reviews", "meshed": true,
             "mtls": {"mode": "strict", "ports": {"9090": "permissive"}}, "onAgentDown": "hold",
-            "place": "netns:/run/netns/reviews", "labels": {"app": "reviews"}, "source": "pods.yaml:1",
+            "place": "netns:/run/netns/reviews", "labels": {"app": "reviews"}, "source": "pods.yaml:document 1",
         })
     );
     assert_eq!(workloads[1]["state"], "remote");

@@ -153,7 +153,7 @@ fn a_changed_route_leaves_endpoints_and_other_services() {
     assert!(Arc::ptr_eq(&reviews, &mesh.service("shop/reviews")));
     assert!(Arc::ptr_eq(&one, &mesh.workload("shop/reviews-1")));
     assert_eq!(
-        &*mesh.snapshot().sources["Pod/shop/reviews-1"],
+        mesh.snapshot().sources["Pod/shop/reviews-1"].to_string(),
         "mesh.yaml:document 4"
     );
 }
@@ -241,12 +241,41 @@ fn a_bad_document_leaves_its_last_good_version_in_force() {
     drop(service);
 }
 
+#[test]
+fn what_is_written_as_before_is_not_parsed_again() {
+    let name = Path::new("mesh.yaml");
+    let before = pod("reviews-1", "10.1.0.2", "");
+    let mut old = File::parse(name, &[&before, REVIEWS].concat());
+    assert!(old.take_texts().iter().all(|text| text.json.is_some()));
+    let first = pod("first-1", "10.1.0.9", "");
+    let mut new = File::parse_after(
+        name,
+        &[&*first, &before, "---\nkind: [\n", REVIEWS].concat(),
+        &old,
+    );
+    let texts = new.take_texts();
+    let parsed: Vec<_> = texts
+        .iter()
+        .map(|text| (text.number, &*text.name, text.json.is_some()))
+        .collect();
+    let expected = [
+        (1, "Pod shop/first-1", true),
+        (2, "Pod shop/reviews-1", false),
+        (4, "Service shop/reviews", false),
+    ];
+    assert_eq!(parsed, expected);
+    // An error is found again, in its new place.
+    let again = File::parse_after(name, &["# a comment\n", "---\nkind: [\n"].concat(), &new);
+    assert!(again.has_errors());
+}
+
 /// Everything that a snapshot says, in an order that does not depend on its history.
 fn canonical(snapshot: &Snapshot) -> String {
     fn sorted<K: Ord + std::fmt::Debug, V: std::fmt::Debug>(map: impl Iterator<Item = (K, V)>) -> String {
         format!("{:#?}\n", map.collect::<BTreeMap<_, _>>())
     }
     let mut text = sorted(snapshot.workloads.iter());
+    text += &sorted(snapshot.local_workloads.keys().map(|uid| (uid, ())));
     text += &sorted(snapshot.workloads_by_address.iter());
     text += &sorted(snapshot.services.iter());
     text += &sorted(
@@ -255,13 +284,7 @@ fn canonical(snapshot: &Snapshot) -> String {
             .iter()
             .map(|(vip, service)| (vip, &service.key)),
     );
-    text += &sorted(
-        snapshot
-            .target_protocols
-            .iter()
-            .map(|(address, protocol)| (address, format!("{protocol:?}"))),
-    );
-    text += &sorted(snapshot.target_services.iter());
+    text += &sorted(snapshot.targets.iter());
     text += &sorted(snapshot.sources.iter());
     let _ = write!(text, "{:#?}", snapshot.rejected);
     text
@@ -282,7 +305,12 @@ fn document(rng: &mut Rng) -> String {
             let phase = rng.choice(&["Running", "Running", "Succeeded"]).unwrap();
             let ready = rng.choice(&["True", "True", "False"]).unwrap();
             let host = rng.u8(0..5) == 0;
-            head("v1", "Pod", &format!(", labels: {{app: {app}}}"))
+            // A pod of the host's network namespace has none of its own.
+            let place = match rng.u8(0..3) {
+                0 if !host => format!(", annotations: {{mesh-agent.dev/netns: /run/netns/n{n}}}"),
+                _ => String::new(),
+            };
+            head("v1", "Pod", &format!(", labels: {{app: {app}}}{place}"))
                 + &format!(
                     "spec: {{nodeName: node-a, hostNetwork: {host}}}\nstatus: {{podIP: 10.0.0.{ip}, phase: {phase}, conditions: [{{type: Ready, status: '{ready}'}}]}}\n"
                 )

@@ -43,10 +43,10 @@ impl Mesh {
     /// Replaces a file's text.
     pub(super) fn set(&mut self, name: &str, text: &str) -> Snapshot {
         let origin = origin(name);
-        let mut file = File::parse(Path::new(name), text);
-        if let Some(old) = self.compiler.files().get(&origin) {
-            file = file.after(old);
-        }
+        let file = match self.compiler.files().get(&origin) {
+            Some(old) => File::parse_after(Path::new(name), text, old),
+            None => File::parse(Path::new(name), text),
+        };
         self.compiler.update(vec![(origin, Some(file))]).clone()
     }
 
@@ -157,9 +157,9 @@ status:
     assert!(workload.meshed);
     let found = mesh.snapshot().destination("[fd00:1::2]:8080".parse().unwrap());
     assert!(matches!(found, Destination::Workload(found) if Arc::ptr_eq(&found, &workload)));
-    assert_eq!(mesh.snapshot().local_workloads().count(), 1);
+    assert_eq!(mesh.snapshot().local_workloads.len(), 1);
     let source = mesh.snapshot().sources.get("Pod/shop/reviews-1").unwrap();
-    assert_eq!(&**source, "mesh.yaml:document 1");
+    assert_eq!(source.to_string(), "mesh.yaml:document 1");
 }
 
 #[test]
@@ -248,7 +248,10 @@ fn selectors_find_ready_pods() {
     );
     let target: SocketAddr = "10.1.0.2:8080".parse().unwrap();
     assert_eq!(mesh.snapshot().target_protocol(target), Protocol::Http1);
-    assert_eq!(mesh.snapshot().target_services.get(&target), Some(&service.key));
+    assert_eq!(
+        mesh.snapshot().target_service(target).map(|found| &found.key),
+        Some(&service.key)
+    );
 }
 
 #[test]
