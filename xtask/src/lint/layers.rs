@@ -19,7 +19,7 @@ enum Imports {
 }
 
 /// Every module of the agent, lowest first, and the modules that it may import.
-const LAYERS: [(&str, Imports); 25] = [
+const LAYERS: [(&str, Imports); 26] = [
     ("model", Imports::Only(&[])),
     ("drain", Imports::Only(&[])),
     ("lanes", Imports::Only(&[])),

@@ -1,6 +1,6 @@
 //! Minutes under load, one row: whether memory stays what it is and every request is answered.
 
-use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::thread;
 use std::time::Duration;
 
@@ -45,7 +45,7 @@ fn soak(world: &mut World, seconds: u64, figures: &mut Vec<Figure>) -> Result<()
     let most = requests.saturate(SATURATION_SECONDS)?;
     let rate = (most as f64 / SATURATION_SECONDS as f64 * LOAD).round();
     eprintln!("    {rate} requests/s for {seconds} s");
-    let (over, ended) = channel::<()>();
+    let (over, ended) = sync_channel::<()>(0);
     let (paced, memory) = thread::scope(|scope| {
         let watcher = scope.spawn(move || -> Result<Vec<f64>> {
             let mut memory = Vec::new();
