@@ -1,7 +1,7 @@
 //! Names, capacities and well-known values of the maps.
 
 /// The version of every layout in this crate: part of the path of each pin.
-pub const LAYOUT: &str = "v1";
+pub const LAYOUT: &str = "v2";
 
 /// `WorkloadKey` -> `WorkloadEntry`.
 pub const WORKLOADS: &str = "WORKLOADS";

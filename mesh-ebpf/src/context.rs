@@ -229,8 +229,7 @@ impl Addr {
     /// A socket connected anew must not answer with where it wanted to go before.
     #[inline(always)]
     pub(crate) fn forget_record(&self) {
-        // SAFETY: the map and the context's socket.
-        unsafe { bpf_sk_storage_delete(sockets(), self.sk().cast()) };
+        forget_socket_record(self.sk());
     }
 
     #[inline(always)]
@@ -282,6 +281,12 @@ fn sockets() -> *mut c_void {
 pub(crate) fn socket_record(sk: *mut bpf_sock) -> *mut SocketRecord {
     // SAFETY: the map, and a socket that the verifier knows to be one.
     unsafe { bpf_sk_storage_get(sockets(), sk.cast(), ptr::null_mut(), 0).cast() }
+}
+
+#[inline(always)]
+pub(crate) fn forget_socket_record(sk: *mut bpf_sock) {
+    // SAFETY: the map, and a socket that the verifier knows to be one.
+    unsafe { bpf_sk_storage_delete(sockets(), sk.cast()) };
 }
 
 #[inline(always)]

@@ -5,7 +5,8 @@
 //! pass to the application's own listener.
 //!
 //! Invariants: without an agent nothing goes this way; a server is entered only by a flow that a client's socket of
-//! this kernel noted, and while that socket lives; every connection is counted; no program runs for its packets.
+//! this kernel noted, by a way that was open when its SYN left, and while that socket lives; every connection is
+//! counted; no program runs for its packets.
 
 use core::arch::asm;
 use core::ptr;
@@ -34,8 +35,8 @@ pub(crate) fn connect(ctx: &Addr, client: WorkloadKey, own: &NetAddr, to: NetEnd
         destination: to,
         reserved: 0,
     };
-    // SAFETY: plain integers, replaced as a whole. Should the entry be freed and used again in this very moment,
-    // a server and an address that do not belong together let nobody in.
+    // SAFETY: plain integers. Should the entry be freed and used again in this very moment, for another way, this
+    // one is not open when the SYN leaves (see `is_open`).
     let path = unsafe { FAST.get(key) }?;
     let backend = pick(path)?;
     if !is_counted(client, backend.server, to) {
@@ -56,6 +57,32 @@ pub(crate) fn connect(ctx: &Addr, client: WorkloadKey, own: &NetAddr, to: NetEnd
     ctx.rewrite(&backend.endpoint);
     count(Counter::FastPath);
     Some(Verdict::Pass)
+}
+
+/// The way that `record` tells of is there, and leads to `to`. A record may be older: that of a socket which is
+/// connected anew, or whose SYN waited for its first byte.
+#[inline(always)]
+pub(crate) fn is_open(ctx: &SockOpsContext, record: &SocketRecord, to: &NetEndpoint) -> bool {
+    // SAFETY: takes the program's context.
+    let client = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    if !workload::heartbeat_fresh() || workload::find(client).is_none() {
+        return false;
+    }
+    let key = FastKey {
+        client,
+        destination: record.endpoint,
+        reserved: 0,
+    };
+    // SAFETY: plain integers, as in `connect`; a server and an address that do not belong together match nothing
+    // that a client could dial.
+    let Some(path) = (unsafe { FAST.get(key) }) else {
+        return false;
+    };
+    path.backends.iter().any(|backend| {
+        backend.server == record.workload
+            && backend.endpoint.addr.same(&to.addr)
+            && backend.endpoint.port == to.port
+    })
 }
 
 #[inline(always)]

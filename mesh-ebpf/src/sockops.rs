@@ -13,7 +13,7 @@ use mesh_common::{
     Counter, Flow, FlowKey, NetEndpoint, NetPort, OwnSocket, SocketRecord, flow_kind, socket_kind,
 };
 
-use crate::context::{either, read, read4, set_socket_record, socket_record};
+use crate::context::{either, forget_socket_record, read, read4, set_socket_record, socket_record};
 use crate::maps::{FLOWS, OWN, REFUSED, count};
 use crate::{fast, workload};
 
@@ -37,7 +37,11 @@ fn connecting(ctx: &SockOpsContext) {
         let record = unsafe { *record };
         match record.kind {
             socket_kind::REDIRECTED => note(ctx, record.workload, record.endpoint, flow_kind::OUTBOUND),
-            socket_kind::DIRECT => note(ctx, record.workload, record.endpoint, flow_kind::DIRECT),
+            socket_kind::DIRECT if fast::is_open(ctx, &record, &remote(ctx)) => {
+                note(ctx, record.workload, record.endpoint, flow_kind::DIRECT);
+            }
+            // The server's agent decides, as it does of everybody from outside.
+            socket_kind::DIRECT => forget_socket_record(sk),
             _ => {}
         }
         return;

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsRawFd as _;
 use std::time::Duration;
 
 use mesh_agent::ebpf::{Capture, CaptureOptions, EnrolRequest, FastPair, FastTraffic, Place};
@@ -215,6 +216,36 @@ fn a_flow_that_has_ended_lets_nobody_in_any_more() {
     let (_, peer, to) = near.server.accept_inbound();
     assert_eq!((peer, to), (at(POD4, 45_000), server));
     assert_eq!(near.world.counter("fast_path"), 1);
+}
+
+#[test]
+fn a_socket_that_is_connected_anew_is_let_in_by_no_earlier_way() {
+    let near = Near::new(World::new());
+    let server = near.server_at(OUT4[0]);
+    near.open(server, server);
+    let socket = near.world.pod.enter(|| tcp_socket(server)).unwrap();
+    socket.connect_timeout(&server.into(), PATIENCE).unwrap();
+    accept(&near.app);
+
+    near.client.enrolment.release().unwrap();
+    disconnect(&socket);
+    socket.connect_timeout(&server.into(), PATIENCE).unwrap();
+    let (_, _, to) = near.server.accept_inbound();
+    assert_eq!(to, server);
+    assert_eq!(near.world.counter("fast_path"), 1);
+    try_accept(&near.app, Duration::from_millis(1)).unwrap_err();
+}
+
+/// What `connect` with the family AF_UNSPEC does.
+fn disconnect(socket: &Socket) {
+    let nowhere = libc::sockaddr {
+        sa_family: libc::AF_UNSPEC as libc::sa_family_t,
+        sa_data: [0; 14],
+    };
+    let size = libc::socklen_t::try_from(size_of::<libc::sockaddr>()).unwrap();
+    // SAFETY: an address of that size.
+    let result = unsafe { libc::connect(socket.as_raw_fd(), &raw const nowhere, size) };
+    assert_eq!(result, 0, "{}", io::Error::last_os_error());
 }
 
 #[test]

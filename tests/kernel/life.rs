@@ -277,7 +277,7 @@ fn uninstall_leaves_nothing_but_spares_the_living() {
 fn strays_under_our_folder_go_when_an_agent_starts() {
     let world = World::new();
     let folder = world.run.bpffs().join("agent");
-    let maps = folder.join("v1/maps");
+    let maps = folder.join("v2/maps");
     let old = folder.join("v0/maps");
     fs::create_dir_all(&old).unwrap();
     fs::rename(maps.join("COUNTERS"), old.join("COUNTERS")).unwrap();

@@ -17,6 +17,8 @@ use super::mesh_stream::{Duplex, MAX_FRAME};
 const SMALL: usize = 2048;
 /// With less room than this left, a chunk's buffer is given up for a new one.
 const LEAST_CHUNK: usize = 16 * 1024;
+/// A smaller chunk is copied out: it would hold on to the whole buffer for as long as it waits to be sent.
+const COPY_BELOW: usize = 4 * 1024;
 
 thread_local! {
     /// Where the thread's sockets are read into: what a chunk leaves of it serves the next.
@@ -55,7 +57,7 @@ impl Stream {
         }
     }
 
-    /// What came next, uncopied; nothing at the end.
+    /// What came next, uncopied if it is much; nothing at the end.
     pub(super) fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Bytes>> {
         match self {
             Self::Tcp(stream) => CHUNKS.with_borrow_mut(|room| {
@@ -63,7 +65,12 @@ impl Stream {
                     room.reserve(MAX_FRAME as usize);
                 }
                 ready!(pin!(stream.read_buf(room)).poll(cx))?;
-                Poll::Ready(Ok(room.split().freeze()))
+                if room.len() >= COPY_BELOW {
+                    return Poll::Ready(Ok(room.split().freeze()));
+                }
+                let chunk = Bytes::copy_from_slice(room);
+                room.clear();
+                Poll::Ready(Ok(chunk))
             }),
             Self::Tunnel(tunnel) => tunnel.io.poll_chunk(cx),
         }
@@ -155,5 +162,26 @@ impl AsyncWrite for Stream {
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         either!(self, stream => stream.poll_shutdown(cx))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+
+    use tokio::io::AsyncWriteExt as _;
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_small_chunk_does_not_hold_on_to_the_buffer() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut peer = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let mut stream = Stream::Tcp(listener.accept().await.unwrap().0);
+        peer.write_all(b"x").await.unwrap();
+        let chunk = poll_fn(|cx| stream.poll_chunk(cx)).await.unwrap();
+        assert_eq!(chunk, "x");
+        assert!(chunk.is_unique());
     }
 }
