@@ -78,16 +78,21 @@ mod tests {
 
     #[test]
     fn a_peak_is_given_back() {
+        // The figures are the whole process's, and other tests come and go meanwhile.
+        assert!((0..10).any(|_| gives_a_peak_back()));
+    }
+
+    fn gives_a_peak_back() -> bool {
         // Every second one stays: freeing the others gives nothing back by itself.
         let piece = || vec![1_u8; 8 * 1024];
         let mut pieces: Vec<_> = (0..8192).map(|_| Some(piece())).collect();
         let full = in_use();
         pieces.iter_mut().step_by(2).for_each(|piece| *piece = None);
-        // Other tests come and go meanwhile, but with less than this.
-        assert!(full.saturating_sub(in_use()) > 16 << 20);
+        let freed = full.saturating_sub(in_use());
         let before = resident().unwrap();
         trim();
-        assert!(before.saturating_sub(resident().unwrap()) > 8 << 20);
+        let given = before.saturating_sub(resident().unwrap());
         assert!(pieces.iter().flatten().all(|piece| piece[..] == [1; 8 * 1024]));
+        freed > 16 << 20 && given > 8 << 20
     }
 }

@@ -45,6 +45,8 @@ pub struct Text {
     pub name: String,
     /// `None`: it is as it was when the file was last written down.
     pub json: Option<Box<RawValue>>,
+    /// Its place among the file's documents then: a name may be there twice.
+    pub before: usize,
 }
 
 impl File {
@@ -104,13 +106,17 @@ impl File {
 
     /// Documents that were good once, as [`File::take_texts`] gave them.
     pub fn restore(documents: impl IntoIterator<Item = (usize, Value)>) -> Self {
-        let entries = documents.into_iter().map(|(number, value)| {
+        let entries = documents.into_iter().enumerate().map(|(place, (number, value))| {
             let entry = resource::parse(RawDocument {
                 number,
                 prefix: String::new(),
                 value: Ok(value),
             });
-            Entry { json: None, ..entry }
+            Entry {
+                json: None,
+                place,
+                ..entry
+            }
         });
         Self {
             entries: entries.collect(),
@@ -128,6 +134,7 @@ impl File {
             document: None,
             issues: vec![Issue::error("", message)],
             json: None,
+            place: 0,
         };
         Self {
             entries: vec![entry],
@@ -138,12 +145,14 @@ impl File {
     /// Each document that is in force or could be, to be written down.
     pub fn take_texts(&mut self) -> Vec<Text> {
         let good = self.entries.iter_mut().filter(|entry| entry.document.is_some());
-        good.map(|entry| Text {
-            number: entry.number,
-            name: entry.label(),
-            json: entry.json.take(),
-        })
-        .collect()
+        good.enumerate()
+            .map(|(place, entry)| Text {
+                number: entry.number,
+                name: entry.label(),
+                json: entry.json.take(),
+                before: std::mem::replace(&mut entry.place, place),
+            })
+            .collect()
     }
 
     /// Whether anything in it is in force or could be.
@@ -197,15 +206,13 @@ impl File {
     /// Where a broken document cannot even be named, it may be any that is missing: all of these stay.
     pub fn after(mut self, previous: &Self) -> Self {
         let mut old = BTreeMap::new();
-        for document in previous
-            .entries
-            .iter()
-            .filter_map(|entry| entry.document.as_ref())
-        {
-            old.entry(&document.key).or_insert(document);
+        for entry in &previous.entries {
+            if let Some(document) = &entry.document {
+                old.entry(&document.key).or_insert((document, entry.place));
+            }
         }
         for entry in &mut self.entries {
-            let Some(old) = entry.key.as_ref().and_then(|key| old.get(key)) else {
+            let Some((old, place)) = entry.key.as_ref().and_then(|key| old.get(key)) else {
                 continue;
             };
             match &mut entry.document {
@@ -213,6 +220,7 @@ impl File {
                 Some(_) => {}
                 None => {
                     entry.document = Some(Arc::clone(old));
+                    entry.place = *place;
                     entry.keep_note();
                 }
             }

@@ -87,6 +87,8 @@ pub(crate) struct Entry {
     pub(crate) issues: Vec<Issue>,
     /// The document without its formatting, until it is taken to be written down.
     pub(crate) json: Option<Box<RawValue>>,
+    /// Its place among the file's documents when they were last taken.
+    pub(crate) place: usize,
 }
 
 impl Entry {
@@ -109,6 +111,7 @@ pub(crate) fn parse(raw: RawDocument) -> Entry {
         document: None,
         issues: Vec::new(),
         json: None,
+        place: 0,
     };
     let value = match raw.value {
         Ok(value) => value,

@@ -1,8 +1,9 @@
 //! The last good state on disk: the documents in force and the addresses given to services.
 //!
 //! One JSON value a line. What a later line says of a file or a service takes the place of what an earlier one said,
-//! so that a change costs a line and not the whole state; when most of it is outdated, it is written anew. A line that
-//! was cut off, since the machine stopped, ends it. In memory there is only where each file's line is.
+//! so that a change costs a line and not the whole state; when most of it is outdated, it is written anew. The first
+//! line that is not whole, since the machine stopped before it was on the disk, ends it and is cut off with all behind
+//! it. In memory there is only where each file's line is.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File as Disk, OpenOptions};
@@ -112,34 +113,39 @@ impl Journal {
 
     /// What was good of a file in the last run.
     pub(super) fn restore(&self, origin: &Origin) -> Option<File> {
-        let line = self.sheet.line(origin)?;
+        let line = self.sheet.line(origin).unwrap_or_else(|error| {
+            tracing::warn!(file = %origin.file, %error, "its last good state cannot be read");
+            None
+        })?;
         let documents = documents::<Value>(&line)?.into_iter();
         let file = File::restore(documents.map(|(number, _, document)| (number, document)));
         Some(file)
     }
 
-    /// Notes what is good of a file; nothing when it is gone.
+    /// Notes what is good of a file; nothing when it is gone. It is an error if a text is not known.
     pub(super) fn put_file(&mut self, origin: &Origin, texts: &[Text]) -> io::Result<()> {
         let Some(entry) = self.paths.get(origin.order) else {
             return Ok(());
         };
-        let known = |sheet: &Sheet| sheet.line(origin);
         // A text that is as it was is where it was.
         let last = match texts.iter().all(|text| text.json.is_some()) {
             true => None,
-            false => self.next.as_ref().and_then(known).or_else(|| known(&self.sheet)),
+            false => self.sheet_of(origin).line(origin)?,
         };
         let last = last
             .as_deref()
             .and_then(documents::<&RawValue>)
             .unwrap_or_default();
-        let last: BTreeMap<&str, &RawValue> = last.iter().map(|(_, name, text)| (&**name, *text)).collect();
-        let good = texts.iter().filter_map(|text| {
-            let as_before = || last.get(&*text.name).copied();
-            let json = text.json.as_deref().or_else(as_before)?;
-            Some((text.number, text.name.clone(), json))
+        let good = texts.iter().map(|text| {
+            let as_before = || {
+                let before = last.get(text.before).filter(|(_, name, _)| *name == text.name);
+                before.map(|(_, _, json)| *json)
+            };
+            let json = text.json.as_deref().or_else(as_before);
+            let json = json.ok_or_else(|| invalid("what a document was before is not there"))?;
+            Ok((text.number, text.name.clone(), json))
         });
-        let good: Documents<_> = good.collect();
+        let good = good.collect::<io::Result<Documents<_>>>()?;
         let line = bytes(&Line::File {
             entry: entry.clone(),
             file: origin.file.to_string(),
@@ -156,6 +162,13 @@ impl Journal {
         self.writable()?.put_number(service, number)
     }
 
+    /// Where the newest line of a file is, if there is one.
+    fn sheet_of(&self, origin: &Origin) -> &Sheet {
+        let next = self.next.as_ref();
+        next.filter(|next| next.lines.contains_key(origin))
+            .unwrap_or(&self.sheet)
+    }
+
     /// Where notes go. What could not be made at the start may be possible now.
     fn writable(&mut self) -> io::Result<&mut Sheet> {
         if self.next.is_none() && self.sheet.disk.is_none() {
@@ -164,20 +177,23 @@ impl Journal {
         Ok(self.next.as_mut().unwrap_or(&mut self.sheet))
     }
 
-    /// Brings what was noted to the disk: whole or not at all, whenever the machine stops.
+    /// Brings what was noted to the disk. If the machine stops meanwhile, then of a state that was written anew all is
+    /// there or the one before it, and of lines that were added only the first ones may be. What failed can be tried
+    /// again.
     pub(super) fn commit(&mut self) -> io::Result<()> {
         if self.next.is_none() && self.sheet.is_mostly_outdated() {
             self.next = Some(self.sheet.copy(&self.directory)?);
         }
-        match self.next.take() {
-            Some(next) => {
-                next.sync()?;
-                fs::rename(self.directory.join(draft()), self.directory.join(FILE))?;
-                self.sheet = next;
-                Disk::open(&self.directory)?.sync_all()
-            }
-            None => self.sheet.sync(),
+        if let Some(next) = &self.next {
+            next.sync()?;
+            fs::rename(self.directory.join(draft()), self.directory.join(FILE))?;
         }
+        match self.next.take() {
+            Some(next) => self.sheet = next,
+            None => self.sheet.sync()?,
+        }
+        // Each time, since it may have failed after the renaming.
+        Disk::open(&self.directory)?.sync_all()
     }
 }
 
@@ -211,16 +227,18 @@ impl Sheet {
                 length: line.len() as u64,
             };
             match serde_json::from_slice(&line) {
-                Ok(Line::Version(VERSION)) if span.start == 0 => {}
-                Ok(said) if span.start > 0 => sheet.take_in(&said, span, paths),
-                // Cut off.
-                Err(error) if span.start > 0 && error.is_eof() => break,
+                Ok(said) if span.start > 0 && line.ends_with(b"\n") => sheet.take_in(&said, span, paths),
+                // Cut off, in whatever way.
+                _ if span.start > 0 => break,
+                Ok(Line::Version(VERSION)) if line.ends_with(b"\n") => {}
                 Ok(_) => return Err(invalid("it has another format")),
                 Err(error) => return Err(error.into()),
             }
             sheet.length += span.length;
             line.clear();
         }
+        // What is longer than the line that will be written there would stay behind it.
+        disk.set_len(sheet.length)?;
         sheet.disk = Some(disk);
         Ok(sheet)
     }
@@ -276,11 +294,13 @@ impl Sheet {
         };
     }
 
-    fn line(&self, origin: &Origin) -> Option<Vec<u8>> {
-        let span = self.lines.get(origin)?;
-        let mut line = vec![0; usize::try_from(span.length).ok()?];
-        self.disk.as_ref()?.read_exact_at(&mut line, span.start).ok()?;
-        Some(line)
+    fn line(&self, origin: &Origin) -> io::Result<Option<Vec<u8>>> {
+        let (Some(span), Some(disk)) = (self.lines.get(origin), &self.disk) else {
+            return Ok(None);
+        };
+        let mut line = vec![0; usize::try_from(span.length).map_err(io::Error::other)?];
+        disk.read_exact_at(&mut line, span.start)?;
+        Ok(Some(line))
     }
 
     /// A line, whole or not at all.
@@ -314,7 +334,7 @@ impl Sheet {
         let mut copy = Self::create(directory)?;
         for origin in self.lines.keys() {
             let line = self
-                .line(origin)
+                .line(origin)?
                 .ok_or_else(|| invalid("it cannot be read again"))?;
             let span = copy.append(&line)?;
             copy.hold(origin, Some(span));

@@ -25,32 +25,42 @@ impl Draft {
     pub(super) fn add(&mut self, newer: Self) {
         for (origin, mut texts) in newer.files {
             if let Some(older) = self.files.remove(&origin) {
-                take_over(&mut texts, older);
+                take_over(&mut texts, &older);
             }
             self.files.insert(origin, texts);
         }
         self.numbers.extend(newer.numbers);
     }
 
-    /// Notes all of it; what cannot be noted stays.
+    pub(super) fn has(&self, origin: &Origin) -> bool {
+        self.files.contains_key(origin)
+    }
+
+    /// Notes all of it. What cannot be noted stays, and keeps nothing else from it.
     pub(super) fn note(&mut self, journal: &mut Journal) -> io::Result<()> {
-        while let Some(next) = self.files.first_entry() {
-            journal.put_file(next.key(), next.get())?;
-            next.remove();
-        }
-        while let Some(next) = self.numbers.first_entry() {
-            journal.put_number(next.key(), *next.get())?;
-            next.remove();
-        }
-        Ok(())
+        let mut first = None;
+        let mut failed = |noted: io::Result<()>| {
+            noted
+                .map_err(|error| {
+                    first.get_or_insert(error);
+                })
+                .is_err()
+        };
+        self.files
+            .retain(|origin, texts| failed(journal.put_file(origin, texts)));
+        self.numbers
+            .retain(|service, number| failed(journal.put_number(service, *number)));
+        first.map_or(Ok(()), Err)
     }
 }
 
-/// A text that is as it was, and was never written down, is in the older draft.
-fn take_over(texts: &mut [Text], older: Vec<Text>) {
-    let mut older: BTreeMap<_, _> = older.into_iter().map(|text| (text.name, text.json)).collect();
+/// A text that is as it was when the older draft was made is there, or is as it was before that.
+fn take_over(texts: &mut [Text], older: &[Text]) {
     for text in texts.iter_mut().filter(|text| text.json.is_none()) {
-        text.json = older.remove(&text.name).flatten();
+        if let Some(older) = older.get(text.before) {
+            text.json.clone_from(&older.json);
+            text.before = older.before;
+        }
     }
 }
 
@@ -105,6 +115,7 @@ impl Drop for Saver {
 fn write(mut journal: Journal, queue: &Receiver<Draft>) {
     let mut all = Draft::default();
     loop {
+        // Until all is noted, the last state stays as it is rather than giving way to one that lacks something.
         let written = all.note(&mut journal).and_then(|()| journal.commit());
         if let Err(error) = written {
             tracing::warn!(%error, "the last good state cannot be written to stateDir");

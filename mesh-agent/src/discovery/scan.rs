@@ -346,8 +346,10 @@ impl FileSource {
     /// Notes a change for the compiler and for the state.
     fn note(&mut self, origin: &Origin, mut file: Option<File>, changes: &mut Changes) {
         let texts = file.as_mut().map_or_else(Vec::new, File::take_texts);
-        // At the start they are written one by one: all at once would need several times the memory.
-        let journal = self.journal.as_mut();
+        // At the start they are written one by one: all at once would need several times the memory. But what follows
+        // a version that waits must wait, too.
+        let waits = self.draft.has(origin);
+        let journal = self.journal.as_mut().filter(|_| !waits);
         if journal.is_none_or(|journal| journal.put_file(origin, &texts).is_err()) {
             self.draft.add(Draft {
                 files: [(origin.clone(), texts)].into(),
