@@ -32,7 +32,7 @@ use crate::telemetry::LogHandle;
 
 pub use self::pulse::Pulse;
 pub use self::readiness::Readiness;
-pub use self::view::{Enrolment, Enrolments, time};
+pub use self::view::{Enrolment, Enrolments, FastPaths, time};
 
 /// Asks a part of the agent that the admin page does not know.
 pub type Ask<T> = Box<dyn Fn() -> T + Send + Sync>;
@@ -54,7 +54,9 @@ pub struct AdminSources {
     /// How far the capture of each local workload is.
     pub enrolments: Ask<Enrolments>,
     pub connections: Ask<Vec<api::Connection>>,
+    /// Walks the kernel's maps: for who wants to see them.
     pub ebpf: Ask<api::Ebpf>,
+    pub fast_paths: Ask<FastPaths>,
 }
 
 impl fmt::Debug for AdminSources {

@@ -229,7 +229,7 @@ fn status(sources: &AdminSources) -> api::Status {
         .duration_since(sources.started)
         .unwrap_or(Duration::ZERO);
     let enrolments = (sources.enrolments)();
-    let ebpf = (sources.ebpf)();
+    let fast_paths = (sources.fast_paths)();
     api::Status {
         node: sources.node.clone(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -257,8 +257,8 @@ fn status(sources: &AdminSources) -> api::Status {
             certificates: sources.identities.list().len(),
             inbound_connections: in_direction("inbound"),
             outbound_connections: in_direction("outbound"),
-            fast_paths: view::entries(&ebpf, "FAST"),
-            fast_path_connections: ebpf.counters.get("fast_path").copied().unwrap_or(0),
+            fast_paths: fast_paths.open,
+            fast_path_connections: fast_paths.connections,
         },
         next_certificate_expiry: next_expiry(sources).map(view::time),
         findings: snapshot.rejected.iter().map(view::finding).collect(),

@@ -20,6 +20,15 @@ pub struct Enrolment {
     pub message: String,
 }
 
+/// What the kernel connects without the agent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FastPaths {
+    /// Pairs of a client and a destination.
+    pub open: usize,
+    /// Connections that were made so.
+    pub connections: u64,
+}
+
 /// By `namespace/name`.
 pub type Enrolments = BTreeMap<String, Enrolment>;
 
@@ -249,12 +258,6 @@ fn mtls_mode(mode: MtlsMode) -> &'static str {
         MtlsMode::Permissive => "permissive",
         MtlsMode::Strict => "strict",
     }
-}
-
-/// How many a map has; none where there is no such map.
-pub(super) fn entries(ebpf: &api::Ebpf, map: &str) -> usize {
-    let found = ebpf.maps.iter().find(|found| found.name == map);
-    found.map_or(0, |found| found.entries)
 }
 
 fn on_agent_down(choice: OnAgentDown) -> &'static str {

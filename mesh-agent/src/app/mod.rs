@@ -90,15 +90,12 @@ pub async fn run(config: AgentConfig, log: LogHandle, lanes: Lanes) -> anyhow::R
         enrolments: workloads.enrolments(),
         connections: show::connections(proxy.connections.clone()),
         ebpf: show::ebpf(capture.clone()),
+        fast_paths: show::fast_paths(capture.clone(), workloads.fast_paths()),
     });
     for (listener, scope) in listening {
         tokio::spawn(admin::serve(listener, scope, Arc::clone(&sources)));
     }
-    let (beating, beats) = (capture.clone(), pulse);
-    // The kernel side must notice when any of the data path's threads hangs.
-    lanes
-        .next()
-        .spawn(async move { beating.keep_alive(|| beats.hung().is_none()).await });
+    keep_alive(&lanes, capture.clone(), pulse);
     tokio::spawn(async move { identities.run().await });
     tokio::spawn(watch_counters(capture));
     tokio::spawn(forget_idle(Arc::clone(&sources)));
@@ -146,6 +143,13 @@ fn pulse(lanes: &Lanes) -> Pulse {
         lane.spawn(pulse.heart());
     }
     pulse
+}
+
+/// The kernel side must notice when any of the data path's threads hangs.
+fn keep_alive(lanes: &Lanes, capture: Capture, pulse: Pulse) {
+    lanes
+        .next()
+        .spawn(async move { capture.keep_alive(|| pulse.hung().is_none()).await });
 }
 
 /// What the process may take, and what it may keep.
@@ -198,7 +202,8 @@ fn register(registry: &mut Registry, capture: &Capture, access_log: &AccessLog) 
     );
 }
 
-/// A full map refuses connections: that is said, not only counted.
+/// For want of room in a map a connection is refused, or goes through the agent that need not, or a DNS query past
+/// it: that is said, not only counted.
 async fn watch_counters(capture: Capture) {
     let mut every = tokio::time::interval(WATCH_EVERY);
     let mut before = 0;

@@ -2,7 +2,8 @@
 
 use std::net::IpAddr;
 
-use crate::admin::{Ask, api, time};
+use super::fast_path::FastPaths;
+use crate::admin::{self, Ask, api, time};
 use crate::config::{AccessLogFormat, AgentConfig, LogFormat};
 use crate::ebpf::Capture;
 use crate::proxy::{Connections, Direction};
@@ -57,6 +58,18 @@ pub(super) fn connections(connections: Connections) -> Ask<Vec<api::Connection>>
             }
         });
         shown.collect()
+    })
+}
+
+/// Of what the kernel side counts only the counters, not the maps: these may have an entry for each pair.
+pub(super) fn fast_paths(capture: Capture, fast_paths: FastPaths) -> Ask<admin::FastPaths> {
+    Box::new(move || {
+        let counters = capture.counters().unwrap_or_default();
+        let made = counters.iter().find(|(reason, _)| *reason == "fast_path");
+        admin::FastPaths {
+            open: fast_paths.open(),
+            connections: made.map_or(0, |(_, count)| *count),
+        }
     })
 }
 

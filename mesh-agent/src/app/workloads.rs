@@ -82,6 +82,10 @@ impl Workloads {
         Box::new(move || shown.lock().unwrap_or_else(PoisonError::into_inner).clone())
     }
 
+    pub(super) fn fast_paths(&self) -> FastPaths {
+        self.fast_paths.clone()
+    }
+
     /// Keeps at it until the agent drains. `ready` holds after the first pass that had anything to read.
     pub(super) async fn run(mut self, readiness: Readiness, ready: &'static str) {
         tokio::spawn(self.fast_paths.clone().report());

@@ -102,7 +102,7 @@ impl Capture {
         programs::attach_root(&folders, &cgroup, options.max_flows)?;
         let maps = Arc::new(Maps::open(&folders.maps)?);
         uninstall::remove_strays(&folders, &maps)?;
-        fast::close_all(&maps);
+        fast::close_all(&maps)?;
         let home = Home::open().map_err(|source| CaptureError::Namespace {
             place: "/proc/thread-self/ns/net".into(),
             source,

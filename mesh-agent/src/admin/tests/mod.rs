@@ -144,6 +144,7 @@ fn sources(ca: &tempfile::TempDir, log: LogHandle) -> AdminSources {
             message: "built without it".into(),
             ..Default::default()
         }),
+        fast_paths: Box::new(FastPaths::default),
     }
 }
 

@@ -273,3 +273,21 @@ async fn the_page_for_people_trusts_no_document() {
         assert_ne!(page.get(path).await.status, 404, "{path}");
     }
 }
+
+/// Who asks for it every second must not cost a system call for each entry of each map.
+#[tokio::test]
+async fn the_status_does_not_walk_the_kernels_maps() {
+    let page = Page::with(Scope::Admin, |sources| {
+        sources.ebpf = Box::new(|| panic!("the maps were walked"));
+        sources.fast_paths = Box::new(|| crate::admin::FastPaths {
+            open: 3,
+            connections: 4,
+        });
+    })
+    .await;
+    let counts = &page.json("/api/v1/status").await["counts"];
+    assert_eq!(
+        (&counts["fastPaths"], &counts["fastPathConnections"]),
+        (&json!(3), &json!(4))
+    );
+}

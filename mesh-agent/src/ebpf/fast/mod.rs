@@ -1,5 +1,8 @@
 //! The fast path as the agent sees it: who may connect where without it, and what came of that.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::HashSet;
 use std::io;
 use std::net::SocketAddr;
@@ -8,7 +11,7 @@ use mesh_common::{
     FastBackend, FastKey, FastPath, MAX_FAST_BACKENDS, Traffic, TrafficKey, WorkloadKey, maps, traffic_kind,
 };
 
-use super::maps::Maps;
+use super::maps::{Maps, Table};
 use super::{Capture, CaptureError};
 
 /// Backends that one destination can have on the fast path.
@@ -73,62 +76,112 @@ impl Capture {
     }
 
     /// Hands what was counted since the last time, by this agent or one before it, to `report`, which says whether
-    /// it took it.
-    pub fn report_fast_traffic(&self, mut report: impl FnMut(FastPair, FastTraffic) -> bool) {
-        let rows = &self.shared.maps.fast_traffic;
-        let counted: HashSet<_> = rows.keys().filter(is_counted).collect();
-        for key in counted {
-            let Ok(Some(now)) = rows.get(&key) else { continue };
-            let reported = reported(&key);
-            let before = rows.get(&reported).ok().flatten().unwrap_or_default();
-            if now == before || !report(pair(&key), since(&now, &before)) {
-                continue;
-            }
-            if let Err(error) = rows.insert(&reported, &now) {
-                tracing::warn!(%error, "cannot note what was counted on the fast path; it is counted twice");
-            }
-        }
+    /// it took it. What there is no room to note as reported is not reported, until there is.
+    pub fn report_fast_traffic(&self, report: impl FnMut(FastPair, FastTraffic) -> bool) {
+        report_rows(&self.shared.maps.fast_traffic, report);
     }
 
-    /// Drops the rows of those pairs that `unwanted` names and that have no connection any more.
+    /// Drops the rows of those pairs that `unwanted` names, that have no connection any more and of which everything
+    /// is reported.
     pub fn forget_fast_traffic(&self, unwanted: impl Fn(&FastPair) -> bool) -> HashSet<FastPair> {
-        let rows = &self.shared.maps.fast_traffic;
-        let keys: HashSet<_> = rows.keys().filter(is_counted).collect();
-        let is_idle = |key: &TrafficKey| {
-            let row = rows.get(key).ok().flatten();
-            row.is_none_or(|row| row.opened == row.closed)
-        };
-        let gone = keys.iter().filter(|key| unwanted(&pair(key)) && is_idle(key));
-        gone.map(|key| {
-            drop_row(&self.shared.maps, key);
-            pair(key)
-        })
-        .collect()
+        forget_rows(&self.shared.maps.fast_traffic, unwanted)
     }
 }
 
+/// [`maps::FAST_TRAFFIC`]; a trait, so that a full one can be had without filling the kernel's.
+trait Rows {
+    fn counted(&self) -> HashSet<TrafficKey>;
+    fn row(&self, key: &TrafficKey) -> Option<Traffic>;
+    fn put(&self, key: &TrafficKey, row: &Traffic) -> io::Result<()>;
+    /// With what was reported of it.
+    fn drop_row(&self, key: &TrafficKey);
+}
+
+impl Rows for Table<TrafficKey, Traffic> {
+    fn counted(&self) -> HashSet<TrafficKey> {
+        self.keys()
+            .filter(|key| key.kind == traffic_kind::COUNTED)
+            .collect()
+    }
+
+    fn row(&self, key: &TrafficKey) -> Option<Traffic> {
+        self.get(key).ok().flatten()
+    }
+
+    fn put(&self, key: &TrafficKey, row: &Traffic) -> io::Result<()> {
+        self.insert(key, row)
+    }
+
+    fn drop_row(&self, key: &TrafficKey) {
+        let _ = self.remove(key);
+        let _ = self.remove(&reported(key));
+    }
+}
+
+fn report_rows(rows: &impl Rows, mut report: impl FnMut(FastPair, FastTraffic) -> bool) {
+    let mut no_room = (0, None);
+    for key in rows.counted() {
+        let Some(now) = rows.row(&key) else { continue };
+        let noted = reported(&key);
+        let before = rows.row(&noted);
+        if now == before.unwrap_or_default() {
+            continue;
+        }
+        // First: a full map takes no new row, but it lets one be replaced. What is reported and cannot be noted
+        // would be reported again, each time.
+        if before.is_none()
+            && let Err(error) = rows.put(&noted, &Traffic::default())
+        {
+            no_room = (no_room.0 + 1, Some(error));
+            continue;
+        }
+        if report(pair(&key), since(&now, &before.unwrap_or_default()))
+            && let Err(error) = rows.put(&noted, &now)
+        {
+            tracing::warn!(%error, "cannot note what was counted on the fast path; it will be counted again");
+        }
+    }
+    if let (pairs, Some(error)) = no_room {
+        tracing::warn!(%error, pairs, "no room to note what was counted on the fast path; it is counted later");
+    }
+}
+
+fn forget_rows(rows: &impl Rows, unwanted: impl Fn(&FastPair) -> bool) -> HashSet<FastPair> {
+    let is_done = |key: &TrafficKey| {
+        rows.row(key)
+            .is_none_or(|row| row.opened == row.closed && row == rows.row(&reported(key)).unwrap_or_default())
+    };
+    let keys = rows.counted();
+    let gone = keys.iter().filter(|key| unwanted(&pair(key)) && is_done(key));
+    gone.map(|key| {
+        rows.drop_row(key);
+        pair(key)
+    })
+    .collect()
+}
+
 /// Nothing that an earlier agent allowed holds until this one has read the documents.
-pub(super) fn close_all(maps: &Maps) {
+pub(super) fn close_all(maps: &Maps) -> Result<(), CaptureError> {
     let open: HashSet<_> = maps.fast.keys().collect();
     for key in &open {
-        let _ = maps.fast.remove(key);
+        maps.fast.remove(key).map_err(|source| CaptureError::Map {
+            map: maps::FAST,
+            source,
+        })?;
     }
+    Ok(())
 }
 
 /// Nobody can say any more who a workload was that went while no agent was there.
 pub(super) fn forget(maps: &Maps, workload: WorkloadKey) {
-    let rows: HashSet<_> = maps.fast_traffic.keys().filter(is_counted).collect();
+    let rows = &maps.fast_traffic;
     for key in rows
+        .counted()
         .iter()
         .filter(|key| key.client == workload || key.server == workload)
     {
-        drop_row(maps, key);
+        rows.drop_row(key);
     }
-}
-
-fn drop_row(maps: &Maps, key: &TrafficKey) {
-    let _ = maps.fast_traffic.remove(key);
-    let _ = maps.fast_traffic.remove(&reported(key));
 }
 
 fn key(client: WorkloadKey, destination: SocketAddr) -> FastKey {
@@ -145,10 +198,6 @@ fn pair(key: &TrafficKey) -> FastPair {
         server: key.server,
         destination: key.destination.into(),
     }
-}
-
-fn is_counted(key: &TrafficKey) -> bool {
-    key.kind == traffic_kind::COUNTED
 }
 
 fn reported(key: &TrafficKey) -> TrafficKey {
