@@ -239,7 +239,7 @@ fn a_socket_that_is_connected_anew_is_let_in_by_no_earlier_way() {
 /// What `connect` with the family AF_UNSPEC does.
 fn disconnect(socket: &Socket) {
     let nowhere = libc::sockaddr {
-        sa_family: libc::AF_UNSPEC as libc::sa_family_t,
+        sa_family: libc::sa_family_t::try_from(libc::AF_UNSPEC).unwrap(),
         sa_data: [0; 14],
     };
     let size = libc::socklen_t::try_from(size_of::<libc::sockaddr>()).unwrap();
