@@ -49,4 +49,4 @@ pub struct Settings {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

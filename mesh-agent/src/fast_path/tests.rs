@@ -1,7 +1,5 @@
-use std::path::Path;
-
 use super::*;
-use crate::config::{Compiler, File, Origin, Settings, Vips};
+use crate::config::tests::Mesh;
 
 const MOST: usize = 4;
 
@@ -48,19 +46,7 @@ fn db() -> Vec<String> {
 }
 
 fn compile(documents: &[String]) -> (Snapshot, Captured) {
-    let settings = Settings {
-        node: "node-a".into(),
-        trust_domain: "cluster.local".into(),
-        cluster_domain: "cluster.local".into(),
-    };
-    let origin = Origin {
-        order: 0,
-        file: "mesh.yaml".into(),
-    };
-    let file = File::parse(Path::new("mesh.yaml"), &documents.concat());
-    let snapshot = Compiler::new(settings, Vips::default())
-        .update(vec![(origin, Some(file))])
-        .clone();
+    let snapshot = Mesh::of(&documents.concat()).snapshot().clone();
     assert!(snapshot.rejected.is_empty(), "{:?}", snapshot.rejected);
     let captured = snapshot
         .local_workloads

@@ -215,18 +215,27 @@ impl Duplex {
 impl Duplex {
     /// What came next; nothing at the end.
     pub(super) fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Bytes>> {
-        let chunk = loop {
-            if !self.rest.is_empty() {
-                break std::mem::take(&mut self.rest);
-            }
+        ready!(self.poll_rest(cx))?;
+        let chunk = std::mem::take(&mut self.rest);
+        self.hand_on(chunk.len());
+        Poll::Ready(Ok(chunk))
+    }
+
+    /// Waits until `rest` has something; nothing at the end.
+    fn poll_rest(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while self.rest.is_empty() {
             match ready!(self.receive.poll_data(cx)) {
                 Some(data) => self.rest = data.map_err(broken)?,
-                None => break Bytes::new(),
+                None => break,
             }
-        };
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// The peer may send as much again.
+    fn hand_on(&mut self, bytes: usize) {
         // Fails only when the stream is gone, which the next poll tells.
-        let _ = self.receive.flow_control().release_capacity(chunk.len());
-        Poll::Ready(Ok(chunk))
+        let _ = self.receive.flow_control().release_capacity(bytes);
     }
 
     /// Takes from the front of `bytes` as much as the window allows.
@@ -245,17 +254,11 @@ impl AsyncRead for Duplex {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        while self.rest.is_empty() {
-            match ready!(self.receive.poll_data(cx)) {
-                Some(data) => self.rest = data.map_err(broken)?,
-                None => return Poll::Ready(Ok(())),
-            }
-        }
+        ready!(self.poll_rest(cx))?;
         let n = self.rest.len().min(buf.remaining());
         buf.put_slice(&self.rest[..n]);
         self.rest.advance(n);
-        // Fails only when the stream is gone, which the next poll tells.
-        let _ = self.receive.flow_control().release_capacity(n);
+        self.hand_on(n);
         Poll::Ready(Ok(()))
     }
 }

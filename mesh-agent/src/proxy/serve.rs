@@ -107,3 +107,26 @@ pub(super) async fn http2<I, F>(
         tracing::debug!(%error, "HTTP/2 connection ended");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_head_has_a_hundred_fields_at_the_most() {
+        for (fields, expected) in [(100, b"HTTP/1.1 200"), (101, b"HTTP/1.1 431")] {
+            let (mut client, server) = tokio::io::duplex(64 * 1024);
+            let (_trigger, drain) = crate::drain::new();
+            tokio::spawn(http1(server, drain, |_request| async {
+                Response::new(Body::full(""))
+            }));
+            let head = format!("GET / HTTP/1.1\r\n{}\r\n", "a: b\r\n".repeat(fields));
+            client.write_all(head.as_bytes()).await.unwrap();
+            let mut answer = [0; 12];
+            client.read_exact(&mut answer).await.unwrap();
+            assert_eq!(&answer, expected, "{fields}");
+        }
+    }
+}

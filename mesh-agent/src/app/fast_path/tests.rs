@@ -1,12 +1,11 @@
 use std::cell::{Cell, RefCell};
 use std::io;
-use std::path::Path;
 
 use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
 
 use super::*;
-use crate::config::{Compiler, File, Origin, Settings, Vips};
+use crate::config::tests::Mesh;
 
 const POD: &str = "
 apiVersion: v1
@@ -110,20 +109,8 @@ fn pair() -> FastPair {
 
 /// `web` and `db`, and a service of `db` if there are such `documents`.
 fn state(documents: &str) -> State {
-    let settings = Settings {
-        node: "node-a".into(),
-        trust_domain: "cluster.local".into(),
-        cluster_domain: "cluster.local".into(),
-    };
-    let origin = Origin {
-        order: 0,
-        file: "mesh.yaml".into(),
-    };
     let pods = [("web", "2"), ("db", "9")].map(|(name, key)| POD.replace("NAME", name).replace("KEY", key));
-    let file = File::parse(Path::new("mesh.yaml"), &(pods.concat() + documents));
-    let snapshot = Compiler::new(settings, Vips::default())
-        .update(vec![(origin, Some(file))])
-        .clone();
+    let snapshot = Mesh::of(&(pods.concat() + documents)).snapshot().clone();
     assert!(snapshot.rejected.is_empty(), "{:?}", snapshot.rejected);
     let captured = snapshot
         .local_workloads

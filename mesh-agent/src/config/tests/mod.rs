@@ -18,7 +18,7 @@ mod incremental;
 mod routing;
 
 /// Compiles named files one after the other, as a folder's files would be.
-pub(super) struct Mesh {
+pub(crate) struct Mesh {
     compiler: Compiler,
 }
 
@@ -34,7 +34,7 @@ impl Mesh {
         }
     }
 
-    pub(super) fn of(text: &str) -> Self {
+    pub(crate) fn of(text: &str) -> Self {
         let mut mesh = Self::new();
         mesh.set("mesh.yaml", text);
         mesh
@@ -54,7 +54,7 @@ impl Mesh {
         self.compiler.update(vec![(origin(name), None)]).clone()
     }
 
-    pub(super) fn snapshot(&self) -> &Snapshot {
+    pub(crate) fn snapshot(&self) -> &Snapshot {
         self.compiler.snapshot()
     }
 
