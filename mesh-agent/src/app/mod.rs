@@ -21,6 +21,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::admin::{self, AdminSources, Pulse, Readiness, Scope};
 use crate::config::{AccessLogFormat, AgentConfig};
 use crate::discovery::FileSource;
+use crate::doctor;
 use crate::drain::{self, DrainTrigger};
 use crate::ebpf::{Capture, CaptureError, CaptureOptions, Claim};
 use crate::identity::Identities;
@@ -44,6 +45,9 @@ const WORKLOADS: &str = "workloads";
 
 /// Runs the agent until it is told to stop. Call it on the control runtime; the data path has `lanes`.
 pub async fn run(config: AgentConfig, log: LogHandle, lanes: Lanes) -> anyhow::Result<()> {
+    for warning in doctor::before_start(&config)? {
+        tracing::warn!("{warning}");
+    }
     bound_process();
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);

@@ -4,6 +4,7 @@ use std::io;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+use aya::programs::ProgramError;
 use thiserror::Error;
 
 #[derive(Debug, Error)]
@@ -14,6 +15,8 @@ pub enum CaptureError {
     Bpffs { path: PathBuf, source: io::Error },
     #[error("{} is on no BPF filesystem, and none is mounted over a folder with something in it: set `bpffs` to a folder below /sys/fs/bpf, or run `mount -t bpf bpf FOLDER` on one of your own first", .0.display())]
     NotBpffs(PathBuf),
+    #[error("cannot mount a BPF filesystem at {}; run `mount -t bpf bpf {}` on the host", path.display(), path.display())]
+    Mount { path: PathBuf, source: io::Error },
     #[error("another agent runs with the `bpffs` {}: stop it first, or give this one a folder of its own", .0.display())]
     Claimed(PathBuf),
     #[error("no cgroup2 hierarchy is mounted; run `mount -t cgroup2 none /sys/fs/cgroup`")]
@@ -26,11 +29,8 @@ pub enum CaptureError {
     Object(#[from] aya::EbpfError),
     #[error("the eBPF object has no program {0}; build the agent again")]
     MissingProgram(&'static str),
-    #[error("the kernel does not take the program {name} (Linux 6.1 or newer is needed): {source}")]
-    Program {
-        name: &'static str,
-        source: Box<aya::programs::ProgramError>,
-    },
+    #[error("the kernel refuses the program {name}: {reason}; `mesh-agent doctor` shows what it takes")]
+    Program { name: &'static str, reason: String },
     #[error("cannot attach {name}: {source}")]
     Attach { name: String, source: io::Error },
     #[error("{}: {source}", path.display())]
@@ -60,6 +60,14 @@ pub enum CaptureError {
 }
 
 impl CaptureError {
+    /// That the kernel refused a program, in its own words.
+    pub(super) fn program(name: &'static str, error: &ProgramError) -> Self {
+        Self::Program {
+            name,
+            reason: refusal(error),
+        }
+    }
+
     /// The place is not there (yet): to be expected while a workload comes or goes.
     #[must_use]
     pub fn is_missing_place(&self) -> bool {
@@ -71,6 +79,31 @@ impl CaptureError {
             _ => false,
         }
     }
+}
+
+/// One line of what may be thousands: the verifier's judgement, and the error number.
+fn refusal(error: &ProgramError) -> String {
+    let ProgramError::LoadError {
+        io_error,
+        verifier_log,
+    } = error
+    else {
+        return error.to_string();
+    };
+    match judgement(&verifier_log.to_string()) {
+        Some(judgement) => format!("{judgement} ({io_error})"),
+        None => io_error.to_string(),
+    }
+}
+
+/// The last line of a verifier's log that is not one of its figures.
+fn judgement(log: &str) -> Option<String> {
+    const FIGURES: [&str; 4] = ["processed ", "verification time ", "stack depth ", "peak_states "];
+    let lines = log.lines().map(|line| line.trim_matches(['\0', ' ']));
+    lines
+        .filter(|line| !line.is_empty() && !FIGURES.iter().any(|figure| line.starts_with(figure)))
+        .next_back()
+        .map(str::to_owned)
 }
 
 fn as_root(error: &io::Error) -> &'static str {
@@ -89,4 +122,21 @@ fn list(addresses: &[IpAddr]) -> String {
         .map(ToString::to_string)
         .collect::<Vec<_>>()
         .join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_verifiers_judgement_is_found_among_its_figures() {
+        let log = "783: (bf) r4 = r1\n784: (1f) r4 -= r2\nR4 pointer -= pointer prohibited\n\
+                   verification time 429 usec\nstack depth 192+0\n\
+                   processed 65 insns (limit 1000000) max_states_per_insn 0 total_states 5\n\0";
+        assert_eq!(
+            judgement(log).as_deref(),
+            Some("R4 pointer -= pointer prohibited")
+        );
+        assert_eq!(judgement("\n"), None);
+    }
 }

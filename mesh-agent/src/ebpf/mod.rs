@@ -10,12 +10,15 @@
 //! for gone, and the kernel side falls back to each workload's choice (hold or open).
 
 mod bpffs;
+mod cgroups;
 mod clock;
 mod enrol;
 mod error;
+pub mod examine;
 mod fast;
 mod listeners;
 mod maps;
+mod mounts;
 mod namespace;
 mod netns;
 mod place;
@@ -24,7 +27,8 @@ mod state;
 mod sys;
 mod uninstall;
 
-pub use bpffs::Claim;
+pub use bpffs::{Claim, PinSite};
+pub use cgroups::{Cgroup2, Cgroups};
 pub use enrol::{EnrolRequest, Enrolment};
 pub use error::CaptureError;
 pub use fast::{FastPair, FastTraffic, MAX_BACKENDS};

@@ -54,7 +54,9 @@ const HOOKS: [Hook; 9] = [
 
 const SOCKOPS: &str = HOOKS[0].name;
 
-const LOOKUP: Hook = hook("lookup", "mesh_lookup", 36);
+pub(super) const LOOKUP_TYPE: u32 = 36;
+
+const LOOKUP: Hook = hook("lookup", "mesh_lookup", LOOKUP_TYPE);
 
 /// Whom a copy of the object serves: nobody in particular, or one workload.
 struct Serves {
@@ -165,6 +167,19 @@ pub(super) fn states(folders: &Folders) -> Vec<HookState> {
 }
 
 fn load(folders: &Folders, serves: &Serves, max_flows: u32) -> Result<Ebpf, CaptureError> {
+    load_with(serves, max_flows, |loader| {
+        for name in maps::ALL {
+            loader.map_pin_path(name, folders.maps.join(name));
+        }
+    })
+}
+
+/// Loads the object; `pins` says where its maps are.
+fn load_with(
+    serves: &Serves,
+    max_flows: u32,
+    pins: impl FnOnce(&mut EbpfLoader<'_>),
+) -> Result<Ebpf, CaptureError> {
     require_object()?;
     let can_set_errno =
         u32::from(KernelVersion::current().is_ok_and(|kernel| kernel >= KernelVersion::new(5, 18, 0)));
@@ -176,10 +191,22 @@ fn load(folders: &Folders, serves: &Serves, max_flows: u32) -> Result<Ebpf, Capt
         .override_global("WORKLOAD", &serves.workload, true)
         .override_global("HOST", &serves.host, true)
         .override_global("CAN_SET_ERRNO", &can_set_errno, true);
-    for name in maps::ALL {
-        loader.map_pin_path(name, folders.maps.join(name));
-    }
+    pins(&mut loader);
     Ok(loader.load(OBJECT)?)
+}
+
+/// Has the verifier look at every program, with maps of its own; nothing is attached, and nothing stays.
+pub(super) fn trial() -> Result<Vec<(&'static str, Result<(), CaptureError>)>, CaptureError> {
+    let mut object = load_with(&Serves { workload: 0, host: 0 }, maps::MAX_FLOWS, |_| {})?;
+    let hooks = HOOKS.iter().chain([&LOOKUP]);
+    Ok(hooks
+        .map(|hook| (hook.name, verified(&mut object, hook.program).map(drop)))
+        .collect())
+}
+
+/// The hooks at the cgroup root, by name and `enum bpf_attach_type`.
+pub(super) fn hooks() -> impl Iterator<Item = (&'static str, u32)> {
+    HOOKS.iter().map(|hook| (hook.name, hook.attach_type))
 }
 
 /// The program of that name, after the verifier has seen it.
@@ -193,19 +220,13 @@ fn verified<'a>(object: &'a mut Ebpf, name: &'static str) -> Result<&'a Program,
         Program::SkLookup(program) => SkLookup::load(program),
         _ => return Err(CaptureError::MissingProgram(name)),
     };
-    loaded.map_err(|source| CaptureError::Program {
-        name,
-        source: Box::new(source),
-    })?;
+    loaded.map_err(|error| CaptureError::program(name, &error))?;
     Ok(program)
 }
 
 fn program_fd<'a>(program: &'a Program, name: &'static str) -> Result<&'a ProgramFd, CaptureError> {
     let fd: Result<&ProgramFd, ProgramError> = program.fd();
-    fd.map_err(|source| CaptureError::Program {
-        name,
-        source: Box::new(source),
-    })
+    fd.map_err(|error| CaptureError::program(name, &error))
 }
 
 /// Puts `program` behind the link pinned at `pin`, making the link if it is not there or its target is gone.

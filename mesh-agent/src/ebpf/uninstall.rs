@@ -56,7 +56,7 @@ pub(super) fn remove_strays(folders: &Folders, maps: &Maps) -> Result<(), Captur
     Ok(())
 }
 
-fn is_alive(maps: &Maps) -> bool {
+pub(super) fn is_alive(maps: &Maps) -> bool {
     let beat = maps
         .settings
         .get(&0)
@@ -68,7 +68,7 @@ fn is_alive(maps: &Maps) -> bool {
 }
 
 /// `v1`, `v2`, ...
-fn is_layout(name: &str) -> bool {
+pub(super) fn is_layout(name: &str) -> bool {
     name.strip_prefix('v')
         .is_some_and(|version| !version.is_empty() && version.bytes().all(|byte| byte.is_ascii_digit()))
 }

@@ -1,0 +1,82 @@
+//! The real trial: every program of the agent before the kernel's verifier.
+
+use serde::Serialize;
+
+use super::{Check, Group, Level, explain};
+use crate::ebpf::examine::{self, Trial};
+
+/// How the kernel judged one program.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Verdict {
+    /// The hook that it is for.
+    pub hook: &'static str,
+    pub loads: bool,
+    /// Why not, in the kernel's words.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}
+
+/// Loads every program, then forgets it.
+pub(super) fn check() -> (Check, Vec<Verdict>) {
+    match examine::trial() {
+        Ok(trials) => {
+            let verdicts = trials.into_iter().map(Verdict::from).collect::<Vec<_>>();
+            (judge(&verdicts), verdicts)
+        }
+        Err(error) => {
+            let found = Check::ok(Group::Programs, "programs", explain(&error));
+            let advice = "see the problems above first: this follows from most of them";
+            (found.but(Level::Problem, advice), Vec::new())
+        }
+    }
+}
+
+fn judge(verdicts: &[Verdict]) -> Check {
+    let refused: Vec<_> = verdicts
+        .iter()
+        .filter_map(|verdict| Some(format!("{}: {}", verdict.hook, verdict.reason.as_ref()?)))
+        .collect();
+    let check = |found: String| Check::ok(Group::Programs, "programs", found);
+    let all = verdicts.len();
+    match refused.len() {
+        0 => check(format!("the kernel takes all {all} programs")),
+        count => check(format!("the kernel refuses {count} of {all} programs"))
+            .with(refused)
+            .but(
+                Level::Problem,
+                "mend the problems above first; if there are none, this kernel is not supported",
+            ),
+    }
+}
+
+impl From<Trial> for Verdict {
+    fn from(trial: Trial) -> Self {
+        Self {
+            hook: trial.hook,
+            loads: trial.refused.is_none(),
+            reason: trial.refused,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refused_program_is_named_with_the_kernels_reason() {
+        let trial = |hook, refused: Option<&str>| {
+            Verdict::from(Trial {
+                hook,
+                refused: refused.map(str::to_owned),
+            })
+        };
+        let good = trial("connect4", None);
+        assert_eq!(judge(std::slice::from_ref(&good)).level, Level::Ok);
+        let check = judge(&[good, trial("sockops", Some("unknown func"))]);
+        assert_eq!(check.level, Level::Problem);
+        assert_eq!(check.details, ["sockops: unknown func"]);
+        assert!(check.found.contains("1 of 2"));
+    }
+}
