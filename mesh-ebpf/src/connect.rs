@@ -17,6 +17,9 @@ use crate::{dns, fast, workload};
 
 #[inline(always)]
 pub(crate) fn connect(ctx: &Addr) -> Verdict {
+    if workload::tell_netns(ctx) {
+        return Verdict::Pass;
+    }
     let key = workload::key(ctx);
     let Some(entry) = workload::find(key) else {
         return Verdict::Pass;

@@ -26,11 +26,13 @@ pub enum CaptureError {
     Object(#[from] aya::EbpfError),
     #[error("the eBPF object has no program {0}; build the agent again")]
     MissingProgram(&'static str),
-    #[error("the kernel does not take the program {name} (Linux 6.1 or newer is needed): {source}")]
+    #[error("the kernel does not take the program {name} (Linux 5.10 or newer is needed): {source}")]
     Program {
         name: &'static str,
         source: Box<aya::programs::ProgramError>,
     },
+    #[error("cannot find out whether the kernel has {what}: {source}")]
+    Probe { what: &'static str, source: io::Error },
     #[error("cannot attach {name}: {source}")]
     Attach { name: String, source: io::Error },
     #[error("{}: {source}", path.display())]

@@ -9,14 +9,13 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
 use aya::programs::{CgroupSockAddr, Program, ProgramError, ProgramFd, SkLookup, SockOps};
-use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfLoader};
 use mesh_common::{WorkloadKey, maps};
 use serde::Serialize;
 
-use super::CaptureError;
 use super::bpffs::Folders;
 use super::sys;
+use super::{CaptureError, Features};
 
 /// Made by `build.rs`; empty if the machine had no eBPF compiler.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mesh-ebpf"));
@@ -81,8 +80,14 @@ pub(super) fn require_object() -> Result<(), CaptureError> {
 }
 
 /// Loads the object once, which pins the maps that are not there yet, and attaches every cgroup hook.
-pub(super) fn attach_root(folders: &Folders, cgroup: &File, max_flows: u32) -> Result<(), CaptureError> {
-    let mut object = load(folders, &Serves { workload: 0, host: 0 }, max_flows)?;
+pub(super) fn attach_root(
+    folders: &Folders,
+    cgroup: &File,
+    features: &Features,
+    max_flows: u32,
+) -> Result<(), CaptureError> {
+    let nobody = Serves { workload: 0, host: 0 };
+    let mut object = load(folders, &nobody, features, max_flows)?;
     for hook in &HOOKS {
         let program = verified(&mut object, hook.program)?;
         let fd = program_fd(program, hook.program)?;
@@ -99,10 +104,11 @@ pub(super) fn attach_root(folders: &Folders, cgroup: &File, max_flows: u32) -> R
 /// Attaches the workload's own instance of the `sk_lookup` program to its namespace.
 pub(super) fn attach_lookup(
     folders: &Folders,
+    features: &Features,
     workload: WorkloadKey,
     netns: BorrowedFd<'_>,
 ) -> Result<(), CaptureError> {
-    let mut object = load(folders, &Serves { workload, host: 0 }, maps::MAX_FLOWS)?;
+    let mut object = load(folders, &Serves { workload, host: 0 }, features, maps::MAX_FLOWS)?;
     let program = verified(&mut object, LOOKUP.program)?;
     let fd = program_fd(program, LOOKUP.program)?;
     attach(
@@ -116,11 +122,12 @@ pub(super) fn attach_lookup(
 /// Attaches the workload's own instances to its cgroup. Sockets are noted by the `sockops` of the root.
 pub(super) fn attach_workload_cgroup(
     folders: &Folders,
+    features: &Features,
     workload: WorkloadKey,
     host: WorkloadKey,
     cgroup: &File,
 ) -> Result<(), CaptureError> {
-    let mut object = load(folders, &Serves { workload, host }, maps::MAX_FLOWS)?;
+    let mut object = load(folders, &Serves { workload, host }, features, maps::MAX_FLOWS)?;
     for hook in HOOKS.iter().filter(|hook| hook.name != SOCKOPS) {
         let program = verified(&mut object, hook.program)?;
         let fd = program_fd(program, hook.program)?;
@@ -164,10 +171,16 @@ pub(super) fn states(folders: &Folders) -> Vec<HookState> {
     names.into_iter().filter_map(state).collect()
 }
 
-fn load(folders: &Folders, serves: &Serves, max_flows: u32) -> Result<Ebpf, CaptureError> {
+fn load(
+    folders: &Folders,
+    serves: &Serves,
+    features: &Features,
+    max_flows: u32,
+) -> Result<Ebpf, CaptureError> {
     require_object()?;
-    let can_set_errno =
-        u32::from(KernelVersion::current().is_ok_and(|kernel| kernel >= KernelVersion::new(5, 18, 0)));
+    let can_set_errno = u32::from(features.set_errno);
+    let netns_in_sockops = u32::from(features.netns_in_sockops);
+    let tells_netns = u32::from(!features.netns_option);
     let mut loader = EbpfLoader::new();
     // The programs touch no kernel structures, so the kernel's own type information is not needed.
     loader
@@ -175,7 +188,9 @@ fn load(folders: &Folders, serves: &Serves, max_flows: u32) -> Result<Ebpf, Capt
         .map_max_entries(maps::FLOWS, max_flows)
         .override_global("WORKLOAD", &serves.workload, true)
         .override_global("HOST", &serves.host, true)
-        .override_global("CAN_SET_ERRNO", &can_set_errno, true);
+        .override_global("CAN_SET_ERRNO", &can_set_errno, true)
+        .override_global("NETNS_IN_SOCKOPS", &netns_in_sockops, true)
+        .override_global("TELLS_NETNS", &tells_netns, true);
     for name in maps::ALL {
         loader.map_pin_path(name, folders.maps.join(name));
     }
