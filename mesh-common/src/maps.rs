@@ -48,7 +48,8 @@ pub const MAX_LISTENERS: u32 = 2 * MAX_WORKLOADS;
 /// Connects of the agent under way at one time.
 pub const MAX_OWN: u32 = 16 * 1024;
 /// Connections between an application's `connect` and the agent's `accept`: as long as the agent keeps up, a few.
-pub const MAX_FLOWS: u32 = 16 * 1024;
+/// Where `sockops` cannot tell whose an accepted socket is, also those to applications that did not ask for their peer.
+pub const MAX_FLOWS: u32 = 128 * 1024;
 /// Only those on their way to being reset; an entry lives for microseconds.
 pub const MAX_REFUSED: u32 = 1024;
 /// A few hundred workloads, each with a hundred destinations on its own node.

@@ -178,6 +178,18 @@ impl Addr {
         (!record.is_null()).then(|| unsafe { *record })
     }
 
+    /// Where this end of a connection is; for hooks whose [`Addr::endpoint`] is the other end.
+    #[inline(always)]
+    pub(crate) fn local(&self) -> NetEndpoint {
+        let sk = self.sk();
+        let (v4, v6) = (read!((*sk).src_ip4), read4!((*sk).src_ip6));
+        let addr = match self.family {
+            Family::V4 => NetAddr::from_v4_word(v4),
+            Family::V6 => NetAddr::from_v6_words(v6),
+        };
+        NetEndpoint::new(addr, NetPort::from_host_word(read!((*sk).src_port)))
+    }
+
     /// The record of the TCP connection that a Multipath TCP socket runs on.
     #[inline(always)]
     pub(crate) fn subflow_record(&self) -> Option<SocketRecord> {

@@ -11,12 +11,11 @@
 use core::arch::asm;
 use core::ptr;
 
-use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{
     BPF_NOEXIST, BPF_TCP_CLOSE_WAIT, BPF_TCP_CLOSING, BPF_TCP_ESTABLISHED, BPF_TCP_FIN_WAIT2,
     BPF_TCP_LAST_ACK, BPF_TCP_SYN_SENT,
 };
-use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_get_prandom_u32};
+use aya_ebpf::helpers::bpf_get_prandom_u32;
 use aya_ebpf::programs::SockOpsContext;
 use mesh_common::{
     Counter, FastBackend, FastKey, FastPath, MAX_FAST_BACKENDS, NetAddr, NetEndpoint, SocketRecord, Traffic,
@@ -63,8 +62,10 @@ pub(crate) fn connect(ctx: &Addr, client: WorkloadKey, own: &NetAddr, to: NetEnd
 /// connected anew, or whose SYN waited for its first byte.
 #[inline(always)]
 pub(crate) fn is_open(ctx: &SockOpsContext, record: &SocketRecord, to: &NetEndpoint) -> bool {
-    // SAFETY: takes the program's context.
-    let client = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    // Where the kernel does not tell the client, the agent opens no way.
+    let Some(client) = workload::netns_in_sockops(ctx) else {
+        return false;
+    };
     if !workload::heartbeat_fresh() || workload::find(client).is_none() {
         return false;
     }
@@ -112,8 +113,9 @@ fn is_counted(client: WorkloadKey, server: WorkloadKey, destination: NetEndpoint
 /// Counts the client's socket when it is connected and when it is closed.
 #[inline(always)]
 pub(crate) fn state_changed(ctx: &SockOpsContext, record: &SocketRecord, from: u32, to: u32) {
-    // SAFETY: takes the program's context.
-    let client = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    let Some(client) = workload::netns_in_sockops(ctx) else {
+        return;
+    };
     let Some(traffic) = FAST_TRAFFIC.get_ptr_mut(row(client, record.workload, record.endpoint)) else {
         return;
     };

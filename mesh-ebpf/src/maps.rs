@@ -20,10 +20,10 @@ pub(crate) static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(
 #[map]
 pub(crate) static OWN: HashMap<u64, OwnSocket> = HashMap::with_max_entries(MAX_OWN, 0);
 #[map]
-pub(crate) static FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(MAX_FLOWS, 0);
-#[map]
 pub(crate) static REFUSED: LruHashMap<FlowKey, u32> = LruHashMap::with_max_entries(MAX_REFUSED, 0);
-// These three are sized for the worst case, which nearly never is: so not allocated ahead.
+// These four are sized for the worst case, which nearly never is: so not allocated ahead.
+#[map]
+pub(crate) static FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(MAX_FLOWS, BPF_F_NO_PREALLOC);
 #[map]
 pub(crate) static DNS_SERVERS: HashMap<DnsKey, NetEndpoint> =
     HashMap::with_max_entries(MAX_DNS_SERVERS, BPF_F_NO_PREALLOC);

@@ -6,7 +6,7 @@ use aya_ebpf::bindings::{
     BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE, BPF_TCP_ESTABLISHED, BPF_TCP_SYN_SENT, bpf_sock,
     bpf_sock_ops,
 };
-use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_ns};
+use aya_ebpf::helpers::{bpf_get_socket_cookie, bpf_ktime_get_ns};
 use aya_ebpf::programs::SockOpsContext;
 use core::ptr;
 use mesh_common::{
@@ -97,8 +97,9 @@ fn note(ctx: &SockOpsContext, workload: u64, endpoint: NetEndpoint, kind: u32) {
 #[inline(always)]
 fn accepted(ctx: &SockOpsContext) {
     let Some(sk) = socket(ctx) else { return };
-    // SAFETY: takes the program's context.
-    let workload = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    let Some(workload) = workload::netns_in_sockops(ctx) else {
+        return;
+    };
     if workload::find(workload).is_none() {
         return;
     }

@@ -1,19 +1,32 @@
 //! Is this socket enrolled, is its agent alive, and what if not.
 
+use aya_ebpf::EbpfContext as _;
 use aya_ebpf::Global;
 use aya_ebpf::bindings::bpf_sock;
-use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_set_retval, bpf_sk_release};
+use aya_ebpf::helpers::{
+    bpf_get_netns_cookie, bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_set_retval, bpf_sk_release,
+};
+use aya_ebpf::programs::SockOpsContext;
 use core::ffi::c_void;
 use mesh_common::maps::HEARTBEAT_LIMIT_NS;
 use mesh_common::{Counter, ListenerKey, WorkloadEntry, listener_kind, workload_flags};
 
 use crate::context::{Addr, Verdict};
-use crate::maps::{LISTENERS, SETTINGS, WORKLOADS, count};
+use crate::maps::{LISTENERS, OWN, SETTINGS, WORKLOADS, count};
 
 /// 1 where the kernel has `bpf_set_retval` (5.18); else a refused call fails with EPERM. A constant for the
 /// verifier, which drops the call where it is 0.
 #[unsafe(no_mangle)]
 static CAN_SET_ERRNO: Global<u32> = Global::new(0);
+
+/// 1 where the kernel tells `sockops` programs the namespace of their socket (5.15). A constant, as above.
+#[unsafe(no_mangle)]
+static NETNS_IN_SOCKOPS: Global<u32> = Global::new(0);
+
+/// 1 where the kernel does not tell processes the cookie of their namespace (it does since 5.14), so that the agent
+/// asks here. A constant, as above.
+#[unsafe(no_mangle)]
+static TELLS_NETNS: Global<u32> = Global::new(0);
 
 /// The workload that this copy of the programs serves: of its own `sk_lookup` program, which may not ask for its
 /// namespace's cookie, and of the programs at its cgroup. 0 at the cgroup root, where the cookie names it.
@@ -38,6 +51,41 @@ pub(crate) fn key(ctx: &Addr) -> u64 {
         0 => netns,
         own if netns == HOST.load() => own,
         _ => NOBODY,
+    }
+}
+
+/// The namespace of the socket; none where the kernel does not tell, and [`presented_late`] holds.
+#[inline(always)]
+pub(crate) fn netns_in_sockops(ctx: &SockOpsContext) -> Option<u64> {
+    if NETNS_IN_SOCKOPS.load() == 0 {
+        return None;
+    }
+    // SAFETY: takes the program's context.
+    Some(unsafe { bpf_get_netns_cookie(ctx.as_ptr()) })
+}
+
+/// `sockops` cannot say whose an accepted socket is: `getpeername` finds out when it is asked.
+#[inline(always)]
+pub(crate) fn presented_late() -> bool {
+    NETNS_IN_SOCKOPS.load() == 0
+}
+
+/// Whether this is a socket of the agent that connects to learn its namespace: then it is told.
+#[inline(always)]
+pub(crate) fn tell_netns(ctx: &Addr) -> bool {
+    if TELLS_NETNS.load() == 0 {
+        return false;
+    }
+    let Some(own) = OWN.get_ptr_mut(ctx.socket_cookie()) else {
+        return false;
+    };
+    // SAFETY: the kernel's pointer to the value. Only the agent makes such an entry, and waits for this.
+    unsafe {
+        let asks = (*own).workload == NOBODY;
+        if asks {
+            (*own).workload = ctx.netns();
+        }
+        asks
     }
 }
 
@@ -69,19 +117,27 @@ pub(crate) trait Hold {
 /// The agent that does not answer for itself any more, answered for outgoing traffic.
 #[inline(always)]
 pub(crate) fn without_agent(workload: &WorkloadEntry) -> Verdict {
-    if workload.holds() {
-        count(Counter::HeldOutbound);
-        refuse()
+    let verdict = if workload.holds() {
+        Verdict::Refuse
     } else {
-        count(Counter::PassedOpenOutbound);
         Verdict::Pass
-    }
+    };
+    count(match verdict {
+        Verdict::Refuse => Counter::HeldOutbound,
+        Verdict::Pass => Counter::PassedOpenOutbound,
+    });
+    verdict
+}
+
+#[inline(always)]
+pub(crate) fn can_set_errno() -> bool {
+    CAN_SET_ERRNO.load() == 1
 }
 
 /// The system call fails, with ECONNREFUSED where the kernel lets us say so.
 #[inline(always)]
 pub(crate) fn refuse() -> Verdict {
-    if CAN_SET_ERRNO.load() == 1 {
+    if can_set_errno() {
         // SAFETY: takes a plain number.
         unsafe { bpf_set_retval(-ECONNREFUSED) };
     }

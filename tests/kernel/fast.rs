@@ -423,6 +423,7 @@ fn what_was_counted_outlives_the_agent_and_what_was_allowed_does_not() {
     let options = CaptureOptions {
         bpffs: near.world.run.bpffs().join("agent"),
         max_flows: 1024,
+        features: None,
     };
     let next = Capture::start(&options).unwrap();
     let reported = report(&next);

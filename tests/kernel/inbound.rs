@@ -10,7 +10,10 @@ use crate::world::{FAMILIES, OUT4, POD4, World, accept, at, connect, exchange, p
 
 #[test]
 fn a_connection_comes_to_the_agent_and_the_app_sees_the_client() {
-    let world = World::new();
+    the_app_sees_the_client(&World::new());
+}
+
+pub(crate) fn the_app_sees_the_client(world: &World) {
     let agent = world.enrol(true);
     let namespace = agent.enrolment.namespace();
     for (pod, _) in FAMILIES {
@@ -57,7 +60,10 @@ fn a_connection_comes_to_the_agent_and_the_app_sees_the_client() {
 
 #[test]
 fn an_ipv4_app_sees_the_client() {
-    let world = World::new();
+    the_ipv4_app_sees_the_client(&World::new());
+}
+
+pub(crate) fn the_ipv4_app_sees_the_client(world: &World) {
     let agent = world.enrol(true);
     let namespace = agent.enrolment.namespace();
     let app = world
@@ -75,7 +81,10 @@ fn an_ipv4_app_sees_the_client() {
 
 #[test]
 fn a_multipath_app_sees_the_client() {
-    let world = World::new();
+    the_multipath_app_sees_the_client(&World::new());
+}
+
+pub(crate) fn the_multipath_app_sees_the_client(world: &World) {
     let agent = world.enrol(true);
     let namespace = agent.enrolment.namespace();
     let app = world

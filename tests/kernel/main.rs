@@ -7,6 +7,7 @@ mod cgroup;
 mod dns;
 mod fast;
 mod inbound;
+mod lacking;
 mod life;
 mod odd;
 mod outbound;

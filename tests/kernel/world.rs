@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use mesh_agent::ebpf::{Capture, CaptureOptions, EnrolRequest, Enrolment, Listeners, Place};
+use mesh_agent::ebpf::{Capture, CaptureOptions, EnrolRequest, Enrolment, Features, Listeners, Place};
 use mesh_tests::{Netns, Run, shell, until};
 use socket2::{Domain, SockRef, Socket, Type};
 use tokio::runtime::Runtime;
@@ -34,6 +34,20 @@ impl World {
     }
 
     pub(crate) fn with_flows(max_flows: u32) -> Self {
+        Self::make(max_flows, None)
+    }
+
+    /// As on the oldest kernel that we run on, as far as that can be had on another.
+    pub(crate) fn as_on_the_oldest_kernel() -> Self {
+        let nothing = Features {
+            netns_option: false,
+            netns_in_sockops: false,
+            set_errno: false,
+        };
+        Self::make(1024, Some(nothing))
+    }
+
+    fn make(max_flows: u32, features: Option<Features>) -> Self {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let run = Run::start(&format!("k{:x}-{number}", std::process::id())).unwrap();
@@ -52,6 +66,7 @@ impl World {
         let options = CaptureOptions {
             bpffs: run.bpffs().join("agent"),
             max_flows,
+            features,
         };
         let capture = Capture::start(&options).unwrap();
         Self {
@@ -70,6 +85,15 @@ impl World {
     pub(crate) fn counter(&self, name: &str) -> u64 {
         let counters = self.capture.counters().unwrap();
         counters.iter().find(|(have, _)| *have == name).unwrap().1
+    }
+
+    /// What a query that is not let through fails with.
+    pub(crate) fn refused_datagram(&self) -> i32 {
+        if self.capture.features().set_errno {
+            libc::ECONNREFUSED
+        } else {
+            libc::EPERM
+        }
     }
 
     pub(crate) fn entries(&self, map: &str) -> usize {

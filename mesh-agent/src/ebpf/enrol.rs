@@ -84,7 +84,7 @@ impl Shared {
         self: &Arc<Self>,
         request: EnrolRequest,
     ) -> Result<(Enrolment, Listeners), CaptureError> {
-        let site = Site::open(request.place, &self.home)?;
+        let site = Site::open(request.place, self)?;
         check_addresses(&site.netns, &site.name, &request.addresses)?;
         let before = self.maps.workloads.get(&site.key).ok().flatten();
         let failed = |source| CaptureError::Listeners {
@@ -132,7 +132,7 @@ impl Shared {
         entry: &WorkloadEntry,
         listeners: &Listeners,
     ) -> Result<(), CaptureError> {
-        site.attach(&self.folders)?;
+        site.attach(&self.folders, &self.features)?;
         let inbound = listeners
             .inbound
             .iter()

@@ -31,6 +31,8 @@ pub enum CaptureError {
     MissingProgram(&'static str),
     #[error("the kernel refuses the program {name}: {reason}; `mesh-agent doctor` shows what it takes")]
     Program { name: &'static str, reason: String },
+    #[error("cannot find out whether the kernel has {what}: {source}")]
+    Probe { what: &'static str, source: io::Error },
     #[error("cannot attach {name}: {source}")]
     Attach { name: String, source: io::Error },
     #[error("{}: {source}", path.display())]

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use super::bpffs::{self, Folders};
 use super::maps::Maps;
 use super::mounts;
-use super::{CaptureError, programs, sys, uninstall};
+use super::{CaptureError, lift_memlock_limit, programs, sys, uninstall};
 
 /// Folders that are looked into for an agent's pins: more than any machine has.
 const MAX_FOLDERS: usize = 4096;
@@ -69,6 +69,7 @@ pub fn bpf_syscall() -> io::Result<()> {
 
 /// Has the kernel's verifier judge every program that this agent would load.
 pub fn trial() -> Result<Vec<Trial>, CaptureError> {
+    lift_memlock_limit();
     let judged = programs::trial()?.into_iter();
     Ok(judged
         .map(|(hook, outcome)| Trial {

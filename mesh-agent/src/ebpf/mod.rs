@@ -16,6 +16,7 @@ mod enrol;
 mod error;
 pub mod examine;
 mod fast;
+mod features;
 mod listeners;
 mod maps;
 mod mounts;
@@ -32,6 +33,7 @@ pub use cgroups::{Cgroup2, Cgroups};
 pub use enrol::{EnrolRequest, Enrolment};
 pub use error::CaptureError;
 pub use fast::{FastPair, FastTraffic, MAX_BACKENDS};
+pub use features::{Feature, Features};
 pub use listeners::Listeners;
 pub use mesh_common::WorkloadKey;
 pub use place::{Place, PlaceIdentity};
@@ -45,6 +47,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mesh_common::{Flow, Settings, flow_kind};
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
 use tokio::time::MissedTickBehavior;
 
 use bpffs::Folders;
@@ -70,6 +73,8 @@ pub struct CaptureOptions {
     pub bpffs: PathBuf,
     /// Connections that may wait for the agent to accept them.
     pub max_flows: u32,
+    /// What the kernel is taken to have; for tests of what is done without.
+    pub features: Option<Features>,
 }
 
 impl CaptureOptions {
@@ -78,6 +83,7 @@ impl CaptureOptions {
         Self {
             bpffs: bpffs.into(),
             max_flows: mesh_common::maps::MAX_FLOWS,
+            features: None,
         }
     }
 }
@@ -94,6 +100,7 @@ struct Shared {
     folders: Folders,
     maps: Arc<Maps>,
     home: Home,
+    features: Features,
 }
 
 impl Capture {
@@ -103,7 +110,13 @@ impl Capture {
         let folders = Folders::new(&options.bpffs);
         folders.create()?;
         let cgroup = bpffs::open_cgroup(&bpffs::cgroup_root()?)?;
-        programs::attach_root(&folders, &cgroup, options.max_flows)?;
+        lift_memlock_limit();
+        let features = options.features.map_or_else(Features::probe, Ok)?;
+        for lacking in features.list().iter().filter(|feature| !feature.present) {
+            let (feature, since, without) = (lacking.name, lacking.since, lacking.without);
+            tracing::info!(feature, since, without, "this kernel lacks something");
+        }
+        programs::attach_root(&folders, &cgroup, &features, options.max_flows)?;
         let maps = Arc::new(Maps::open(&folders.maps)?);
         uninstall::remove_strays(&folders, &maps)?;
         fast::close_all(&maps)?;
@@ -112,7 +125,12 @@ impl Capture {
             source,
         })?;
         let capture = Self {
-            shared: Arc::new(Shared { folders, maps, home }),
+            shared: Arc::new(Shared {
+                folders,
+                maps,
+                home,
+                features,
+            }),
         };
         capture.beat().map_err(|source| CaptureError::Map {
             map: mesh_common::maps::SETTINGS,
@@ -148,6 +166,12 @@ impl Capture {
     /// What the kernel side counted, by metric label.
     pub fn counters(&self) -> io::Result<Vec<(&'static str, u64)>> {
         self.shared.counters()
+    }
+
+    /// What the kernel has of that which is not needed.
+    #[must_use]
+    pub fn features(&self) -> &Features {
+        &self.shared.features
     }
 
     #[must_use]
@@ -205,5 +229,19 @@ impl Capture {
                 let _ = maps.own.remove(&cookie);
             }
         }
+    }
+}
+
+/// Before 5.11 what is loaded counts as locked memory of the process, which may have 64 KB of that.
+fn lift_memlock_limit() {
+    let all = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
+    // As much as there is for who may not do that.
+    let lifted = all.or_else(|_| {
+        let (_, hard) = getrlimit(Resource::RLIMIT_MEMLOCK)?;
+        setrlimit(Resource::RLIMIT_MEMLOCK, hard, hard)
+    });
+    if let Err(error) = lifted {
+        // It matters to old kernels only, and these say so when something is loaded.
+        tracing::debug!(%error, "cannot lift the limit of locked memory");
     }
 }

@@ -5,13 +5,16 @@
 
 use std::fs::File;
 use std::io;
-use std::net::UdpSocket;
+use std::net::{Ipv4Addr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 use std::process;
 use std::sync::Arc;
 
-use mesh_common::WorkloadKey;
+use mesh_common::{NetEndpoint, OwnSocket, WorkloadKey};
 use nix::sched::{CloneFlags, setns};
+
+use super::maps::Maps;
+use super::{Shared, clock};
 
 /// The namespace of the agent itself, opened before any other is entered.
 #[derive(Clone, Debug)]
@@ -33,14 +36,20 @@ pub(super) struct Netns {
 
 impl Netns {
     /// The agent's own.
-    pub(super) fn home(home: &Home) -> io::Result<Self> {
-        Self::from_file(File::from(home.0.try_clone()?), home)
+    pub(super) fn home(shared: &Shared) -> io::Result<Self> {
+        Self::from_file(File::from(shared.home.0.try_clone()?), shared)
     }
 
     /// Fails with EINVAL if `file` is not a network namespace.
-    pub(super) fn from_file(file: File, home: &Home) -> io::Result<Self> {
-        let file = OwnedFd::from(file);
-        let cookie = within(file.as_fd(), home, netns_cookie)??;
+    pub(super) fn from_file(file: File, shared: &Shared) -> io::Result<Self> {
+        let (file, home) = (OwnedFd::from(file), &shared.home);
+        let cookie = within(file.as_fd(), home, || {
+            if shared.features.netns_option {
+                netns_cookie(&any_socket()?)
+            } else {
+                told_cookie(&any_socket()?, &shared.maps)
+            }
+        })??;
         Ok(Self {
             file,
             cookie,
@@ -81,16 +90,57 @@ fn within<R>(netns: impl AsFd, home: &Home, action: impl FnOnce() -> R) -> io::R
 /// `SO_NETNS_COOKIE` of `asm-generic/socket.h` (Linux 5.14), which libc does not have everywhere.
 const SO_NETNS_COOKIE: libc::c_int = 71;
 
-fn netns_cookie() -> io::Result<WorkloadKey> {
-    // Any socket of the namespace will do; nix can make one without binding it.
+/// Whether a process can ask for the cookie of its namespace.
+pub(super) fn has_cookie_option() -> io::Result<bool> {
+    match netns_cookie(&any_socket()?) {
+        Ok(_) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Any socket of the namespace tells its cookie; nix can make one without binding it.
+fn any_socket() -> io::Result<UdpSocket> {
     let socket = nix::sys::socket::socket(
         nix::sys::socket::AddressFamily::Inet,
         nix::sys::socket::SockType::Datagram,
         nix::sys::socket::SockFlag::SOCK_CLOEXEC,
         None,
     )?;
-    get_u64(&UdpSocket::from(socket), SO_NETNS_COOKIE)
+    Ok(socket.into())
 }
+
+fn netns_cookie(socket: &UdpSocket) -> io::Result<WorkloadKey> {
+    get_u64(socket, SO_NETNS_COOKIE)
+}
+
+/// Lets our program at `connect`, which knows the cookie, write it into the entry of a socket of ours.
+fn told_cookie(socket: &UdpSocket, maps: &Maps) -> io::Result<WorkloadKey> {
+    let key = socket_cookie(socket)?;
+    let asks = OwnSocket {
+        workload: UNKNOWN,
+        created_at: clock::monotonic_ns(),
+        present: NetEndpoint::NONE,
+        reserved: 0,
+    };
+    maps.own.insert(&key, &asks)?;
+    // The program runs before there is a look for a route, so a namespace without one answers, too.
+    let _ = socket.connect((Ipv4Addr::LOCALHOST, DISCARD));
+    let answer = maps.own.get(&key);
+    maps.own.remove(&key)?;
+    match answer?.map_or(UNKNOWN, |own| own.workload) {
+        UNKNOWN => Err(io::Error::other(
+            "the programs at the cgroup root do not see the agent's own sockets, so they would see nobody's",
+        )),
+        cookie => Ok(cookie),
+    }
+}
+
+/// No namespace has this cookie.
+const UNKNOWN: WorkloadKey = 0;
+
+/// A UDP socket that is connected sends nothing by it; the port just must not be zero.
+const DISCARD: u16 = 9;
 
 /// The number by which the kernel side knows a socket.
 pub(super) fn socket_cookie(socket: &impl AsFd) -> io::Result<u64> {

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use mesh_common::{CGROUP_KEYS, WorkloadKey};
 
 use super::bpffs::{Folders, cgroup_folder, open_cgroup};
-use super::netns::{Home, Netns};
-use super::{CaptureError, programs};
+use super::netns::Netns;
+use super::{CaptureError, Features, Shared, programs};
 
 /// Where a workload runs.
 #[derive(Debug)]
@@ -65,7 +65,7 @@ pub(super) struct Site {
 }
 
 impl Site {
-    pub(super) fn open(place: Place, home: &Home) -> Result<Self, CaptureError> {
+    pub(super) fn open(place: Place, shared: &Shared) -> Result<Self, CaptureError> {
         match place {
             Place::NetnsPath(path) => {
                 let name = path.display().to_string();
@@ -73,10 +73,10 @@ impl Site {
                     place: name.clone(),
                     source,
                 })?;
-                Self::netns(name, file, home)
+                Self::netns(name, file, shared)
             }
-            Place::NetnsFile(file) => Self::netns(format!("{file:?}"), file, home),
-            Place::Cgroup(path) => Self::cgroup(&cgroup_folder(&path)?, home),
+            Place::NetnsFile(file) => Self::netns(format!("{file:?}"), file, shared),
+            Place::Cgroup(path) => Self::cgroup(&cgroup_folder(&path)?, shared),
         }
     }
 
@@ -85,20 +85,23 @@ impl Site {
     }
 
     /// Attaches what this workload needs beside the programs at the cgroup root.
-    pub(super) fn attach(&self, folders: &Folders) -> Result<(), CaptureError> {
+    pub(super) fn attach(&self, folders: &Folders, features: &Features) -> Result<(), CaptureError> {
         match &self.cgroup {
-            None => programs::attach_lookup(folders, self.key, self.netns.as_file().as_fd()),
-            Some(cgroup) => programs::attach_workload_cgroup(folders, self.key, self.netns.cookie(), cgroup),
+            None => programs::attach_lookup(folders, features, self.key, self.netns.as_file().as_fd()),
+            Some(cgroup) => {
+                let host = self.netns.cookie();
+                programs::attach_workload_cgroup(folders, features, self.key, host, cgroup)
+            }
         }
     }
 
-    fn netns(name: String, file: File, home: &Home) -> Result<Self, CaptureError> {
+    fn netns(name: String, file: File, shared: &Shared) -> Result<Self, CaptureError> {
         let failed = |source| CaptureError::Namespace {
             place: name.clone(),
             source,
         };
         let identity = PlaceIdentity::from(&file.metadata().map_err(failed)?);
-        let netns = Netns::from_file(file, home).map_err(failed)?;
+        let netns = Netns::from_file(file, shared).map_err(failed)?;
         Ok(Self {
             key: netns.cookie(),
             name,
@@ -108,14 +111,14 @@ impl Site {
         })
     }
 
-    fn cgroup(folder: &Path, home: &Home) -> Result<Self, CaptureError> {
+    fn cgroup(folder: &Path, shared: &Shared) -> Result<Self, CaptureError> {
         let name = folder.display().to_string();
         let file = open_cgroup(folder)?;
         let metadata = file.metadata().map_err(|source| CaptureError::Cgroup {
             path: folder.to_owned(),
             source,
         })?;
-        let netns = Netns::home(home).map_err(|source| CaptureError::Namespace {
+        let netns = Netns::home(shared).map_err(|source| CaptureError::Namespace {
             place: name.clone(),
             source,
         })?;

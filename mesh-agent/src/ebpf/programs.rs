@@ -9,14 +9,13 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
 use aya::programs::{CgroupSockAddr, Program, ProgramError, ProgramFd, SkLookup, SockOps};
-use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfLoader};
 use mesh_common::{WorkloadKey, maps};
 use serde::Serialize;
 
-use super::CaptureError;
 use super::bpffs::Folders;
 use super::sys;
+use super::{CaptureError, Features};
 
 /// Made by `build.rs`; empty if the machine had no eBPF compiler.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mesh-ebpf"));
@@ -83,8 +82,14 @@ pub(super) fn require_object() -> Result<(), CaptureError> {
 }
 
 /// Loads the object once, which pins the maps that are not there yet, and attaches every cgroup hook.
-pub(super) fn attach_root(folders: &Folders, cgroup: &File, max_flows: u32) -> Result<(), CaptureError> {
-    let mut object = load(folders, &Serves { workload: 0, host: 0 }, max_flows)?;
+pub(super) fn attach_root(
+    folders: &Folders,
+    cgroup: &File,
+    features: &Features,
+    max_flows: u32,
+) -> Result<(), CaptureError> {
+    let nobody = Serves { workload: 0, host: 0 };
+    let mut object = load(folders, &nobody, features, max_flows)?;
     for hook in &HOOKS {
         let program = verified(&mut object, hook.program)?;
         let fd = program_fd(program, hook.program)?;
@@ -101,10 +106,11 @@ pub(super) fn attach_root(folders: &Folders, cgroup: &File, max_flows: u32) -> R
 /// Attaches the workload's own instance of the `sk_lookup` program to its namespace.
 pub(super) fn attach_lookup(
     folders: &Folders,
+    features: &Features,
     workload: WorkloadKey,
     netns: BorrowedFd<'_>,
 ) -> Result<(), CaptureError> {
-    let mut object = load(folders, &Serves { workload, host: 0 }, maps::MAX_FLOWS)?;
+    let mut object = load(folders, &Serves { workload, host: 0 }, features, maps::MAX_FLOWS)?;
     let program = verified(&mut object, LOOKUP.program)?;
     let fd = program_fd(program, LOOKUP.program)?;
     attach(
@@ -118,11 +124,12 @@ pub(super) fn attach_lookup(
 /// Attaches the workload's own instances to its cgroup. Sockets are noted by the `sockops` of the root.
 pub(super) fn attach_workload_cgroup(
     folders: &Folders,
+    features: &Features,
     workload: WorkloadKey,
     host: WorkloadKey,
     cgroup: &File,
 ) -> Result<(), CaptureError> {
-    let mut object = load(folders, &Serves { workload, host }, maps::MAX_FLOWS)?;
+    let mut object = load(folders, &Serves { workload, host }, features, maps::MAX_FLOWS)?;
     for hook in HOOKS.iter().filter(|hook| hook.name != SOCKOPS) {
         let program = verified(&mut object, hook.program)?;
         let fd = program_fd(program, hook.program)?;
@@ -135,15 +142,25 @@ pub(super) fn attach_workload_cgroup(
 /// Detaches what a workload has of its own.
 pub(super) fn detach_workload(folders: &Folders, workload: WorkloadKey) -> Result<(), CaptureError> {
     for hook in HOOKS.iter().chain([&LOOKUP]) {
-        let path = folders.workload_link(workload, hook.name);
-        match fs::remove_file(&path) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                return Err(CaptureError::Pin { path, source });
-            }
-            _ => {}
-        }
+        detach(&folders.workload_link(workload, hook.name))?;
     }
     Ok(())
+}
+
+/// Ends a pinned link; false if there was none.
+pub(super) fn detach(pin: &Path) -> Result<bool, CaptureError> {
+    if let Ok(link) = sys::open_pin(pin) {
+        // Fails for a link whose target is gone, and then there is nothing to do.
+        let _ = sys::detach_link(link.as_fd());
+    }
+    match fs::remove_file(pin) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(source) => Err(CaptureError::Pin {
+            path: pin.to_owned(),
+            source,
+        }),
+    }
 }
 
 /// True for the pins that belong into the folder of links whatever the workloads are.
@@ -166,8 +183,13 @@ pub(super) fn states(folders: &Folders) -> Vec<HookState> {
     names.into_iter().filter_map(state).collect()
 }
 
-fn load(folders: &Folders, serves: &Serves, max_flows: u32) -> Result<Ebpf, CaptureError> {
-    load_with(serves, max_flows, |loader| {
+fn load(
+    folders: &Folders,
+    serves: &Serves,
+    features: &Features,
+    max_flows: u32,
+) -> Result<Ebpf, CaptureError> {
+    load_with(serves, features, max_flows, |loader| {
         for name in maps::ALL {
             loader.map_pin_path(name, folders.maps.join(name));
         }
@@ -177,12 +199,14 @@ fn load(folders: &Folders, serves: &Serves, max_flows: u32) -> Result<Ebpf, Capt
 /// Loads the object; `pins` says where its maps are.
 fn load_with(
     serves: &Serves,
+    features: &Features,
     max_flows: u32,
     pins: impl FnOnce(&mut EbpfLoader<'_>),
 ) -> Result<Ebpf, CaptureError> {
     require_object()?;
-    let can_set_errno =
-        u32::from(KernelVersion::current().is_ok_and(|kernel| kernel >= KernelVersion::new(5, 18, 0)));
+    let can_set_errno = u32::from(features.set_errno);
+    let netns_in_sockops = u32::from(features.netns_in_sockops);
+    let tells_netns = u32::from(!features.netns_option);
     let mut loader = EbpfLoader::new();
     // The programs touch no kernel structures, so the kernel's own type information is not needed.
     loader
@@ -190,14 +214,18 @@ fn load_with(
         .map_max_entries(maps::FLOWS, max_flows)
         .override_global("WORKLOAD", &serves.workload, true)
         .override_global("HOST", &serves.host, true)
-        .override_global("CAN_SET_ERRNO", &can_set_errno, true);
+        .override_global("CAN_SET_ERRNO", &can_set_errno, true)
+        .override_global("NETNS_IN_SOCKOPS", &netns_in_sockops, true)
+        .override_global("TELLS_NETNS", &tells_netns, true);
     pins(&mut loader);
     Ok(loader.load(OBJECT)?)
 }
 
 /// Has the verifier look at every program, with maps of its own; nothing is attached, and nothing stays.
 pub(super) fn trial() -> Result<Vec<(&'static str, Result<(), CaptureError>)>, CaptureError> {
-    let mut object = load_with(&Serves { workload: 0, host: 0 }, maps::MAX_FLOWS, |_| {})?;
+    let features = Features::probe()?;
+    let nobody = Serves { workload: 0, host: 0 };
+    let mut object = load_with(&nobody, &features, maps::MAX_FLOWS, |_| {})?;
     let hooks = HOOKS.iter().chain([&LOOKUP]);
     Ok(hooks
         .map(|hook| (hook.name, verified(&mut object, hook.program).map(drop)))

@@ -12,6 +12,7 @@ use mesh_common::{
 };
 use serde::Serialize;
 
+use super::features::Feature;
 use super::maps::Table;
 use super::programs::{self, HookState};
 use super::{Shared, sys};
@@ -22,6 +23,7 @@ pub struct CaptureState {
     pub kernel: String,
     pub layout: &'static str,
     pub bpffs: PathBuf,
+    pub features: [Feature; 4],
     pub links: Vec<HookState>,
     pub maps: Vec<MapState>,
     pub workloads: Vec<WorkloadState>,
@@ -65,6 +67,7 @@ impl Shared {
             kernel: kernel_release(),
             layout: maps::LAYOUT,
             bpffs: self.folders.root.clone(),
+            features: self.features.list(),
             links: programs::states(&self.folders),
             maps: vec![
                 fill(maps::WORKLOADS, &self.maps.workloads),

@@ -28,6 +28,7 @@ enum Command {
     ProgramQuery = 16,
     LinkCreate = 28,
     LinkUpdate = 29,
+    LinkDetach = 34,
 }
 
 /// `BPF_ANY`: create or replace.
@@ -252,6 +253,11 @@ pub(super) fn program_name(id: u32) -> io::Result<String> {
     let end = info.name.iter().position(|byte| *byte == 0);
     let name = &info.name[..end.unwrap_or(info.name.len())];
     Ok(String::from_utf8_lossy(name).into_owned())
+}
+
+/// Takes a link's program off its hook at once. Without it that happens some time after the last pin is gone.
+pub(super) fn detach_link(link: BorrowedFd<'_>) -> io::Result<()> {
+    bpf(Command::LinkDetach, &mut raw(link)).map(drop)
 }
 
 pub(super) fn map_info(map: BorrowedFd<'_>) -> io::Result<MapInfo> {

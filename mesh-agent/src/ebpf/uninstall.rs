@@ -42,7 +42,7 @@ pub(super) fn remove_strays(folders: &Folders, maps: &Maps) -> Result<(), Captur
             || link_owner(name).is_some_and(|key| maps.workloads.get(&key).is_ok_and(|e| e.is_some()))
     };
     for name in listed(&folders.links)?.into_iter().filter(|name| !known(name)) {
-        remove(folders.links.join(name), &mut removed)?;
+        detach(folders.links.join(name), &mut removed)?;
     }
     for name in listed(&folders.maps)?
         .into_iter()
@@ -75,10 +75,14 @@ pub(super) fn is_layout(name: &str) -> bool {
 
 /// Links first: programs without maps would be worse than none.
 fn remove_layout(layout: &Path, removed: &mut Vec<PathBuf>) -> Result<(), CaptureError> {
-    for folder in [layout.join("links"), layout.join("maps")] {
-        for name in listed(&folder)? {
-            remove(folder.join(name), removed)?;
-        }
+    let (links, maps) = (layout.join("links"), layout.join("maps"));
+    for name in listed(&links)? {
+        detach(links.join(name), removed)?;
+    }
+    for name in listed(&maps)? {
+        remove(maps.join(name), removed)?;
+    }
+    for folder in [links, maps] {
         let _ = fs::remove_dir(folder);
     }
     let _ = fs::remove_dir(layout);
@@ -90,6 +94,13 @@ fn listed(folder: &Path) -> Result<Vec<String>, CaptureError> {
         path: folder.to_owned(),
         source,
     })
+}
+
+fn detach(link: PathBuf, removed: &mut Vec<PathBuf>) -> Result<(), CaptureError> {
+    if programs::detach(&link)? {
+        removed.push(link);
+    }
+    Ok(())
 }
 
 fn remove(path: PathBuf, removed: &mut Vec<PathBuf>) -> Result<(), CaptureError> {

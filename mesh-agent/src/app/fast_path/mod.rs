@@ -33,6 +33,8 @@ pub(super) struct FastPaths {
 
 /// What is needed of the kernel side.
 trait Kernel {
+    /// Some kernels cannot.
+    fn has_fast_path(&self) -> bool;
     fn open(&self, client: Key, to: SocketAddr, backends: &[(Key, SocketAddr)]) -> Result<(), CaptureError>;
     fn close(&self, client: Key, to: SocketAddr) -> Result<(), CaptureError>;
     fn report(&self, take: impl FnMut(FastPair, FastTraffic) -> bool);
@@ -133,6 +135,10 @@ impl FastPaths {
 }
 
 impl Kernel for Capture {
+    fn has_fast_path(&self) -> bool {
+        self.features().fast_path()
+    }
+
     fn open(&self, client: Key, to: SocketAddr, backends: &[(Key, SocketAddr)]) -> Result<(), CaptureError> {
         self.open_fast_path(client, to, backends)
     }
@@ -169,7 +175,11 @@ impl State {
     }
 
     fn change(&mut self, kernel: &impl Kernel) {
-        let plan = fast_path::plan(&self.snapshot, &self.captured, MAX_BACKENDS);
+        let plan = if kernel.has_fast_path() {
+            fast_path::plan(&self.snapshot, &self.captured, MAX_BACKENDS)
+        } else {
+            Plan::default()
+        };
         let before = self.held.failed;
         let error = self.held.become_plan(plan, kernel);
         let count = self.held.failed;

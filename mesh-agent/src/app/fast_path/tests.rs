@@ -35,6 +35,8 @@ type Backends = Vec<(Key, SocketAddr)>;
 #[derive(Default)]
 struct Fake {
     open: RefCell<HashMap<(Key, SocketAddr), Backends>>,
+    /// An old kernel.
+    lacks: Cell<bool>,
     /// Opening for this client fails.
     refuses: Cell<Option<Key>>,
     /// Closing fails.
@@ -45,6 +47,10 @@ struct Fake {
 }
 
 impl Kernel for Fake {
+    fn has_fast_path(&self) -> bool {
+        !self.lacks.get()
+    }
+
     fn open(&self, client: Key, to: SocketAddr, backends: &[(Key, SocketAddr)]) -> Result<(), CaptureError> {
         if self.refuses.get() == Some(client) {
             return Err(failure());
@@ -131,6 +137,16 @@ fn state(documents: &str) -> State {
 
 fn is_settled(state: &State) -> bool {
     !state.needs(&state.snapshot, &state.captured)
+}
+
+#[test]
+fn a_kernel_that_cannot_is_told_nothing() {
+    let (kernel, mut state) = (Fake::default(), state(SERVICE));
+    kernel.lacks.set(true);
+    state.change(&kernel);
+    assert!(kernel.open.borrow().is_empty());
+    assert!(is_settled(&state));
+    assert_eq!(state.held.open(), 0);
 }
 
 #[test]
