@@ -95,6 +95,7 @@ pub async fn run(config: AgentConfig, log: LogHandle, lanes: Lanes) -> anyhow::R
         connections: show::connections(proxy.connections.clone()),
         ebpf: show::ebpf(capture.clone()),
         fast_paths: show::fast_paths(capture.clone(), workloads.fast_paths()),
+        features: show::features(&capture.features().list()),
     });
     for (listener, scope) in listening {
         tokio::spawn(admin::serve(listener, scope, Arc::clone(&sources)));

@@ -121,6 +121,7 @@ mod tests {
                 hooks,
             ],
             programs: Vec::new(),
+            features: Vec::new(),
             hooks: Vec::new(),
         };
         let text = "\

@@ -27,6 +27,7 @@ use self::validate::ValidateArgs;
 use crate::admin::api;
 pub use crate::doctor::explain;
 use crate::ebpf;
+use crate::ebpf::examine::{AgentFolder, AgentOwner};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -168,14 +169,31 @@ fn uninstall(bpffs: &Path, out: &mut impl Write) -> anyhow::Result<()> {
     if removed.is_empty() {
         writeln!(
             out,
-            "Nothing to remove: no agent left anything under {}.",
+            "Nothing to remove: no agent left anything at {}.",
             bpffs.display()
         )?;
+        // It may have been meant for another.
+        for folder in ebpf::examine::agents().unwrap_or_default() {
+            writeln!(out, "{}", with_pins(&folder))?;
+        }
     }
     for path in removed {
         writeln!(out, "removed {}", path.display())?;
     }
     Ok(())
+}
+
+fn with_pins(folder: &AgentFolder) -> String {
+    let path = folder.path.display();
+    match folder.owner {
+        AgentOwner::Nobody => {
+            format!(
+                "{path} has pins of an agent that is gone: `mesh-agent uninstall --bpffs {path}` removes them"
+            )
+        }
+        AgentOwner::Process(process) => format!("{path} has pins of an agent that runs (process {process})"),
+        AgentOwner::Hidden => format!("{path} has pins of an agent that runs"),
+    }
 }
 
 fn yaml(value: &impl serde::Serialize) -> anyhow::Result<String> {

@@ -18,8 +18,8 @@ use std::path::Path;
 use serde::Serialize;
 
 use crate::config::AgentConfig;
-use crate::ebpf::Cgroups;
 use crate::ebpf::examine::{self, AgentFolder};
+use crate::ebpf::{Cgroups, Feature};
 
 /// How bad it is; ordered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -113,6 +113,8 @@ pub struct Report {
     pub arch: &'static str,
     pub checks: Vec<Check>,
     pub programs: Vec<programs::Verdict>,
+    /// What only newer kernels have.
+    pub features: Vec<Feature>,
     /// Who is at the hooks of the cgroup root.
     pub hooks: Vec<neighbours::Neighbour>,
 }
@@ -130,8 +132,8 @@ pub fn examine(config: Option<&Path>, node_name: Option<&str>) -> Report {
         Ok(config) => checks.extend(settings::check(&config, &agents)),
         Err(invalid) => checks.push(settings::invalid(invalid.findings)),
     }
-    let (trial, programs) = programs::check();
-    checks.push(trial);
+    let (trial, outcome) = programs::check();
+    checks.extend(trial);
     let problems: Vec<_> = checks
         .iter()
         .filter(|check| check.level == Level::Problem)
@@ -143,7 +145,8 @@ pub fn examine(config: Option<&Path>, node_name: Option<&str>) -> Report {
         version: env!("CARGO_PKG_VERSION"),
         kernel: kernel::release(),
         arch: std::env::consts::ARCH,
-        programs,
+        programs: outcome.verdicts,
+        features: outcome.features,
         hooks: neighbours,
         checks,
     }

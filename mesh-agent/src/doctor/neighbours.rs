@@ -159,9 +159,27 @@ fn judge(hooks: &[HookUse], own: Option<&Path>) -> Check {
         .iter()
         .map(|(owner, hooks)| format!("{owner}: {}", hooks.join(" ")));
     let details: Vec<_> = details.collect();
+    let left = hooks.iter().flat_map(|hook| &hook.programs).find_map(|program| {
+        program
+            .agent
+            .as_ref()
+            .filter(|_| program.is_left && !ours(program))
+    });
     match (details.is_empty(), advice.is_empty()) {
         (true, _) => check("nobody else is at our hooks"),
-        (false, true) => check("others are at our hooks too, which does no harm").with(details),
+        (false, true) => {
+            let check = check("others are at our hooks too, which does no harm").with(details);
+            match left {
+                None => check,
+                Some(folder) => check.but(
+                    Level::Note,
+                    format!(
+                        "run `mesh-agent uninstall --bpffs {}` if that agent is not to come back",
+                        folder.display()
+                    ),
+                ),
+            }
+        }
         (false, false) => check("others at our hooks change connections too")
             .with(details)
             .but(Level::Warning, advice.join("; ")),
@@ -190,7 +208,11 @@ fn known(program: &AttachedProgram) -> Option<&'static Known> {
 fn owner(program: &AttachedProgram, own: Option<&Path>) -> String {
     match (&program.agent, known(program)) {
         (Some(folder), _) if Some(folder.as_path()) == own => "this agent".to_owned(),
-        (Some(folder), _) => format!("the mesh-agent of {}", folder.display()),
+        (Some(folder), _) => format!(
+            "the mesh-agent of {}{}",
+            folder.display(),
+            if program.is_left { ", which is gone" } else { "" }
+        ),
         (None, Some(known)) => known.owner.to_owned(),
         (None, None) => format!("an unknown program {}", named_only(program)),
     }
@@ -221,6 +243,7 @@ mod tests {
             id,
             name: name.to_owned(),
             agent: agent.map(Into::into),
+            is_left: false,
         }
     }
 
@@ -259,6 +282,18 @@ mod tests {
             assert!(text.contains(part), "no {part} in {text}");
         }
         assert!(!text.contains("this agent"), "{text}");
+    }
+
+    #[test]
+    fn what_an_agent_left_can_be_removed() {
+        let mut left = program(2, "mesh_connect4", Some("/sys/fs/bpf/b"));
+        left.is_left = true;
+        let (level, text) = judged(&at(false, vec![left.clone()]));
+        assert_eq!(level, Level::Note);
+        assert!(text.contains("/sys/fs/bpf/b, which is gone"), "{text}");
+        assert!(text.contains("uninstall --bpffs /sys/fs/bpf/b`"), "{text}");
+        left.agent = Some(OWN.into());
+        assert_eq!(judged(&at(false, vec![left])).0, Level::Ok, "it takes these over");
     }
 
     #[test]

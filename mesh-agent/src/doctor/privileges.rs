@@ -107,7 +107,7 @@ fn capabilities(privileges: &Privileges, version: Option<Version>) -> Check {
         return check("the capabilities that are needed are there".to_owned());
     }
     let missing = missing.join(" and ");
-    let what = "which load programs and enter the pods' network namespaces";
+    let what = "with which it loads programs and enters the pods' network namespaces";
     let found = match privileges.user {
         0 => check(format!("this process is root, but lacks {missing}, {what}")),
         user => check(format!(

@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use super::{Check, Group, Level, explain};
+use crate::ebpf::Feature;
 use crate::ebpf::examine::{self, Trial};
 
 /// How the kernel judged one program.
@@ -17,17 +18,28 @@ pub struct Verdict {
     pub reason: Option<String>,
 }
 
+/// What came of the trial.
+#[derive(Default)]
+pub(super) struct Outcome {
+    pub(super) verdicts: Vec<Verdict>,
+    pub(super) features: Vec<Feature>,
+}
+
 /// Loads every program, then forgets it.
-pub(super) fn check() -> (Check, Vec<Verdict>) {
+pub(super) fn check() -> (Vec<Check>, Outcome) {
     match examine::trial() {
-        Ok(trials) => {
-            let verdicts = trials.into_iter().map(Verdict::from).collect::<Vec<_>>();
-            (judge(&verdicts), verdicts)
+        Ok((features, trials)) => {
+            let outcome = Outcome {
+                verdicts: trials.into_iter().map(Verdict::from).collect(),
+                features: features.list().to_vec(),
+            };
+            let checks = vec![judge(&outcome.verdicts), lacking(&outcome.features)];
+            (checks, outcome)
         }
         Err(error) => {
             let found = Check::ok(Group::Programs, "programs", explain(&error));
             let advice = "see the problems above first: this follows from most of them";
-            (found.but(Level::Problem, advice), Vec::new())
+            (vec![found.but(Level::Problem, advice)], Outcome::default())
         }
     }
 }
@@ -50,6 +62,21 @@ fn judge(verdicts: &[Verdict]) -> Check {
     }
 }
 
+/// What newer kernels have.
+fn lacking(features: &[Feature]) -> Check {
+    let check = |found: &str| Check::ok(Group::Programs, "features", found);
+    let lacking = features.iter().filter(|feature| !feature.present);
+    let details: Vec<_> = lacking
+        .map(|feature| format!("{} (Linux {}): {}", feature.name, feature.since, feature.without))
+        .collect();
+    match details.is_empty() {
+        true => check("the kernel has everything that the agent can use"),
+        false => check("the kernel lacks what newer ones have")
+            .with(details)
+            .but(Level::Note, "a newer kernel brings it; nothing else is missing"),
+    }
+}
+
 impl From<Trial> for Verdict {
     fn from(trial: Trial) -> Self {
         Self {
@@ -63,6 +90,20 @@ impl From<Trial> for Verdict {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_the_kernel_lacks_is_said_with_what_is_otherwise() {
+        let feature = |present| Feature {
+            name: "fast path",
+            present,
+            since: "5.15",
+            without: "all through the agent",
+        };
+        assert_eq!(lacking(&[feature(true)]).level, Level::Ok);
+        let check = lacking(&[feature(true), feature(false)]);
+        assert_eq!(check.level, Level::Note);
+        assert_eq!(check.details, ["fast path (Linux 5.15): all through the agent"]);
+    }
 
     #[test]
     fn a_refused_program_is_named_with_the_kernels_reason() {

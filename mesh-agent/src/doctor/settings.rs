@@ -57,7 +57,7 @@ pub(super) fn bpffs(folder: &Path) -> Check {
         )),
         Err(error) => check(explain(&error)).but(
             Level::Problem,
-            "mount one on the host (`mount -t bpf bpf /sys/fs/bpf`), in a container by way of `hostPath`, and set `bpffs` to a folder on it",
+            "run `mount -t bpf bpf /sys/fs/bpf` on the host, give it to containers (`hostPath`), and set `bpffs` to a folder on it",
         ),
     }
 }

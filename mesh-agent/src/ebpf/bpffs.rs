@@ -142,6 +142,15 @@ pub(super) fn link_owner(name: &str) -> Option<WorkloadKey> {
     u64::from_str_radix(key, 16).ok()
 }
 
+/// True for a folder on a BPF filesystem, and for one that is not there any more.
+pub(super) fn may_have_pins(folder: &Path) -> Result<bool, CaptureError> {
+    match statfs(folder) {
+        Ok(found) => Ok(found.filesystem_type() == BPF_FS_MAGIC && folder.is_dir()),
+        Err(Errno::ENOENT) => Ok(true),
+        Err(error) => Err(failed(folder)(error.into())),
+    }
+}
+
 /// File names in `folder`; none if it does not exist.
 pub(super) fn entries(folder: &Path) -> io::Result<Vec<String>> {
     match fs::read_dir(folder) {

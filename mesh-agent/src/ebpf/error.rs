@@ -13,9 +13,9 @@ pub enum CaptureError {
     NoPrograms,
     #[error("cannot use {} for pinned programs and maps{}", path.display(), as_root(source))]
     Bpffs { path: PathBuf, source: io::Error },
-    #[error("{} is on no BPF filesystem, and none is mounted over a folder with something in it: set `bpffs` to a folder below /sys/fs/bpf, or run `mount -t bpf bpf FOLDER` on one of your own first", .0.display())]
+    #[error("{} is on no BPF filesystem, and none can be mounted at its parent, which is not an empty folder", .0.display())]
     NotBpffs(PathBuf),
-    #[error("cannot mount a BPF filesystem at {}; run `mount -t bpf bpf {}` on the host", path.display(), path.display())]
+    #[error("cannot mount a BPF filesystem at {}", path.display())]
     Mount { path: PathBuf, source: io::Error },
     #[error("another agent runs with the `bpffs` {}: stop it first, or give this one a folder of its own", .0.display())]
     Claimed(PathBuf),
@@ -59,6 +59,8 @@ pub enum CaptureError {
     Map { map: &'static str, source: io::Error },
     #[error("an agent is alive there: stop it first")]
     AgentAlive,
+    #[error("that is no folder on a BPF filesystem, so no agent has its pins there")]
+    NoPins,
 }
 
 impl CaptureError {

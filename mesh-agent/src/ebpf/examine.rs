@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use super::bpffs::{self, Folders};
 use super::maps::Maps;
 use super::mounts;
-use super::{CaptureError, lift_memlock_limit, programs, sys, uninstall};
+use super::{CaptureError, Features, lift_memlock_limit, programs, sys, uninstall};
 
 /// Folders that are looked into for an agent's pins: more than any machine has.
 const MAX_FOLDERS: usize = 4096;
@@ -42,6 +42,8 @@ pub struct AttachedProgram {
     pub name: String,
     /// Where the agent that it belongs to has its pins.
     pub agent: Option<PathBuf>,
+    /// That agent is gone.
+    pub is_left: bool,
 }
 
 /// A folder with an agent's pins.
@@ -67,11 +69,13 @@ pub fn bpf_syscall() -> io::Result<()> {
     sys::probe()
 }
 
-/// Has the kernel's verifier judge every program that this agent would load.
-pub fn trial() -> Result<Vec<Trial>, CaptureError> {
+/// Has the kernel's verifier judge every program that this agent would load on this kernel.
+pub fn trial() -> Result<(Features, Vec<Trial>), CaptureError> {
+    programs::require_object()?;
     lift_memlock_limit();
-    let judged = programs::trial()?.into_iter();
-    Ok(judged
+    let features = Features::probe()?;
+    let judged = programs::trial(&features)?.into_iter();
+    let trials = judged
         .map(|(hook, outcome)| Trial {
             hook,
             refused: outcome.err().map(|error| match error {
@@ -79,7 +83,8 @@ pub fn trial() -> Result<Vec<Trial>, CaptureError> {
                 error => error.to_string(),
             }),
         })
-        .collect())
+        .collect();
+    Ok((features, trials))
 }
 
 /// Who is at the hooks of a cgroup.
@@ -103,13 +108,14 @@ pub fn lookup_hook(agents: &[AgentFolder]) -> io::Result<HookUse> {
 }
 
 fn hook_use(hook: &'static str, exclusive: bool, ids: &[u32], agents: &[AgentFolder]) -> HookUse {
-    let program = |id: &u32| AttachedProgram {
-        id: *id,
-        name: sys::program_name(*id).unwrap_or_default(),
-        agent: agents
-            .iter()
-            .find(|agent| agent.programs.contains(id))
-            .map(|agent| agent.path.clone()),
+    let program = |id: &u32| {
+        let agent = agents.iter().find(|agent| agent.programs.contains(id));
+        AttachedProgram {
+            id: *id,
+            name: sys::program_name(*id).unwrap_or_default(),
+            agent: agent.map(|agent| agent.path.clone()),
+            is_left: agent.is_some_and(|agent| agent.owner == AgentOwner::Nobody),
+        }
     };
     HookUse {
         hook,

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use mesh_common::maps::{self, HEARTBEAT_LIMIT_NS};
 
-use super::bpffs::{Folders, entries, link_owner};
+use super::bpffs::{self, Folders, entries, link_owner};
 use super::maps::Maps;
 use super::{CaptureError, clock, programs};
 
@@ -14,6 +14,9 @@ use super::{CaptureError, clock, programs};
 ///
 /// Refuses while an agent is alive: it would go on serving connections that no longer come.
 pub fn uninstall(bpffs: &Path) -> Result<Vec<PathBuf>, CaptureError> {
+    if !bpffs::may_have_pins(bpffs)? {
+        return Err(CaptureError::NoPins);
+    }
     let folders = Folders::new(bpffs);
     if Maps::open(&folders.maps).is_ok_and(|maps| is_alive(&maps)) {
         return Err(CaptureError::AgentAlive);
