@@ -12,14 +12,14 @@ pub(super) fn judge(cgroups: &Cgroups) -> Check {
     let path = cgroup.path.display();
     let check = |found: String| Check::ok(Group::Cgroup, "cgroup2", found);
     let advice = "in a container, mount the host's /sys/fs/cgroup over it (`hostPath`, or `--cgroupns=host` in Docker)";
-    match (cgroup.is_root, cgroup.descendants) {
+    match (cgroup.is_root, cgroup.has_others) {
         (true, _) if cgroups.v1 > 0 => check(format!(
             "cgroup2 is mounted at {path}, whole, beside {} hierarchies of version 1",
             cgroups.v1
         )),
         (true, _) => check(format!("cgroup2 is mounted at {path}, whole")),
-        (false, Some(0)) => check(format!(
-            "the cgroup2 mounted at {path} is not the root of the hierarchy, and nothing else runs below it: no pod would be captured"
+        (false, Some(false)) => check(format!(
+            "the cgroup2 mounted at {path} is not the root of the hierarchy, and nothing else runs in it: no pod would be captured"
         ))
         .but(Level::Problem, advice),
         (false, _) => check(format!(
@@ -67,11 +67,11 @@ mod tests {
     use super::*;
     use crate::ebpf::Cgroup2;
 
-    fn cgroups(v2: &[(bool, Option<u64>)], v1: usize) -> Cgroups {
-        let cgroup = |(is_root, descendants): &(bool, Option<u64>)| Cgroup2 {
+    fn cgroups(v2: &[(bool, Option<bool>)], v1: usize) -> Cgroups {
+        let cgroup = |(is_root, has_others): &(bool, Option<bool>)| Cgroup2 {
             path: "/sys/fs/cgroup".into(),
             is_root: *is_root,
-            descendants: *descendants,
+            has_others: *has_others,
         };
         Cgroups {
             v2: v2.iter().map(cgroup).collect(),
@@ -83,20 +83,20 @@ mod tests {
     #[test]
     fn each_way_of_having_cgroups_is_told() {
         for (found, level, text) in [
-            (cgroups(&[(true, Some(3))], 0), Level::Ok, "whole"),
+            (cgroups(&[(true, Some(true))], 0), Level::Ok, "whole"),
             (
                 cgroups(&[(true, None)], 9),
                 Level::Ok,
                 "beside 9 hierarchies of version 1",
             ),
             (
-                cgroups(&[(false, Some(4))], 0),
+                cgroups(&[(false, Some(true))], 0),
                 Level::Warning,
                 "what runs outside of it is not captured",
             ),
             (cgroups(&[(false, None)], 0), Level::Warning, "--cgroupns=host"),
             (
-                cgroups(&[(false, Some(0))], 0),
+                cgroups(&[(false, Some(false))], 0),
                 Level::Problem,
                 "no pod would be captured",
             ),

@@ -6,6 +6,7 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::process;
 
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
@@ -28,8 +29,8 @@ pub struct Cgroup2 {
     pub path: PathBuf,
     /// Nothing is above it.
     pub is_root: bool,
-    /// How many cgroups are below it, if that can be read.
-    pub descendants: Option<u64>,
+    /// Whether more than this process runs in it or below it, if that can be read.
+    pub has_others: Option<bool>,
 }
 
 impl Cgroups {
@@ -52,12 +53,15 @@ impl Cgroup2 {
     }
 
     fn of(folder: &Path) -> Self {
-        let stat = fs::read_to_string(folder.join("cgroup.stat")).unwrap_or_default();
+        let read = |name: &str| fs::read_to_string(folder.join(name)).ok();
+        let (stat, processes) = (read("cgroup.stat"), read("cgroup.procs"));
         Self {
             path: folder.to_owned(),
             // The only cgroup without a type is the root of all; that of a cgroup namespace has one.
             is_root: !folder.join("cgroup.type").exists(),
-            descendants: descendants(&stat),
+            has_others: stat
+                .zip(processes)
+                .map(|(stat, processes)| has_others(&stat, &processes, process::id())),
         }
     }
 }
@@ -69,12 +73,10 @@ fn preferred(mut found: Vec<Cgroup2>) -> Vec<Cgroup2> {
     found
 }
 
-fn descendants(stat: &str) -> Option<u64> {
-    let mut lines = stat.lines();
-    lines
-        .find_map(|line| line.strip_prefix("nr_descendants "))?
-        .parse()
-        .ok()
+/// Of the text of `cgroup.stat` and `cgroup.procs`, where processes of other namespaces are 0.
+fn has_others(stat: &str, processes: &str, own: u32) -> bool {
+    let own = own.to_string();
+    !stat.lines().any(|line| line == "nr_descendants 0") || processes.lines().any(|process| process != own)
 }
 
 #[cfg(test)]
@@ -86,7 +88,7 @@ mod tests {
         let cgroup = |path: &str, is_root| Cgroup2 {
             path: path.into(),
             is_root,
-            descendants: None,
+            has_others: None,
         };
         let part = cgroup("/sys/fs/cgroup", false);
         let whole = cgroup("/host/cgroup", true);
@@ -97,12 +99,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_below_is_counted() {
-        assert_eq!(
-            descendants("nr_descendants 12\nnr_dying_descendants 3\n"),
-            Some(12)
-        );
-        assert_eq!(descendants(""), None);
+    fn one_process_alone_has_no_others() {
+        let stat = "nr_descendants 0\nnr_dying_descendants 3\n";
+        assert!(!has_others(stat, "42\n", 42));
+        assert!(!has_others(stat, "", 42));
+        assert!(has_others(stat, "42\n7\n", 42));
+        assert!(has_others(stat, "0\n42\n", 42));
+        assert!(has_others("nr_descendants 12\n", "", 42));
     }
 
     #[test]
