@@ -30,9 +30,9 @@ pub fn uninstall(bpffs: &Path) -> Result<Vec<PathBuf>, CaptureError> {
     Ok(removed)
 }
 
-/// Removes pins under our folder that no part of this agent's layout accounts for, other layouts included.
-/// Called after the hooks were attached, so that traffic always meets one generation of programs or the other.
-pub(super) fn remove_strays(folders: &Folders, maps: &Maps) -> Result<(), CaptureError> {
+/// Removes what agents of other layouts left. Called when all workloads are enrolled: until then what these chose for
+/// when there is no agent holds.
+pub(super) fn remove_other_layouts(folders: &Folders) -> Result<(), CaptureError> {
     let mut removed = Vec::new();
     for name in listed(&folders.root)?
         .into_iter()
@@ -40,6 +40,13 @@ pub(super) fn remove_strays(folders: &Folders, maps: &Maps) -> Result<(), Captur
     {
         remove_layout(&folders.root.join(name), &mut removed)?;
     }
+    tell(&removed);
+    Ok(())
+}
+
+/// Removes pins in the folder of this agent's layout that no part of it accounts for.
+pub(super) fn remove_strays(folders: &Folders, maps: &Maps) -> Result<(), CaptureError> {
+    let mut removed = Vec::new();
     let known = |name: &str| {
         programs::is_hook(name)
             || link_owner(name).is_some_and(|key| maps.workloads.get(&key).is_ok_and(|e| e.is_some()))
@@ -53,10 +60,14 @@ pub(super) fn remove_strays(folders: &Folders, maps: &Maps) -> Result<(), Captur
     {
         remove(folders.maps.join(name), &mut removed)?;
     }
+    tell(&removed);
+    Ok(())
+}
+
+fn tell(removed: &[PathBuf]) {
     for path in removed {
         tracing::info!(path = %path.display(), "removed a stray pin");
     }
-    Ok(())
 }
 
 pub(super) fn is_alive(maps: &Maps) -> bool {
