@@ -172,6 +172,9 @@ pub struct Refusal(Check);
 /// What an agent looks at before it makes anything: refuses where capture is impossible, and returns what is worth a
 /// warning.
 pub fn before_start(config: &AgentConfig) -> Result<Vec<Check>, Refusal> {
+    if let Some(missing) = programs::missing() {
+        return Err(Refusal(missing));
+    }
     let mut checks = Node::look(Some(&config.bpffs)).checks;
     checks.push(settings::bpffs(&config.bpffs));
     match checks.iter().position(|check| check.level == Level::Problem) {

@@ -18,6 +18,13 @@ pub struct Verdict {
     pub reason: Option<String>,
 }
 
+/// That this agent has no programs at all.
+pub(super) fn missing() -> Option<Check> {
+    let error = examine::programs_inside().err()?;
+    let found = Check::ok(Group::Programs, "programs", error.to_string());
+    Some(found.but(Level::Problem, ""))
+}
+
 /// What came of the trial.
 #[derive(Default)]
 pub(super) struct Outcome {
@@ -27,6 +34,9 @@ pub(super) struct Outcome {
 
 /// Loads every program, then forgets it.
 pub(super) fn check() -> (Vec<Check>, Outcome) {
+    if let Some(missing) = missing() {
+        return (vec![missing], Outcome::default());
+    }
     match examine::trial() {
         Ok((features, trials)) => {
             let outcome = Outcome {

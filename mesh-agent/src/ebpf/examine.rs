@@ -64,6 +64,11 @@ pub enum AgentOwner {
     Hidden,
 }
 
+/// Fails on an agent that was built without an eBPF compiler.
+pub fn programs_inside() -> Result<(), CaptureError> {
+    programs::require_object()
+}
+
 /// Whether this process may use `bpf(2)` at all.
 pub fn bpf_syscall() -> io::Result<()> {
     sys::probe()
@@ -71,7 +76,6 @@ pub fn bpf_syscall() -> io::Result<()> {
 
 /// Has the kernel's verifier judge every program that this agent would load on this kernel.
 pub fn trial() -> Result<(Features, Vec<Trial>), CaptureError> {
-    programs::require_object()?;
     lift_memlock_limit();
     let features = Features::probe()?;
     let judged = programs::trial(&features)?.into_iter();
