@@ -104,7 +104,7 @@ fn syscall(tried: io::Result<()>, privileges: &Privileges) -> Check {
             )
         }
         Some(libc::EPERM) => check("the bpf system call is refused: a capability is missing")
-            .but(Level::Problem, "run it as root with CAP_SYS_ADMIN"),
+            .but(Level::Problem, "run it as the machine's root, with CAP_SYS_ADMIN"),
         _ => Check::ok(
             Group::Kernel,
             "bpf",

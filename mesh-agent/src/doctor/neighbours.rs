@@ -159,24 +159,19 @@ fn judge(hooks: &[HookUse], own: Option<&Path>) -> Check {
         .iter()
         .map(|(owner, hooks)| format!("{owner}: {}", hooks.join(" ")));
     let details: Vec<_> = details.collect();
-    let left = hooks.iter().flat_map(|hook| &hook.programs).find_map(|program| {
-        program
-            .agent
-            .as_ref()
-            .filter(|_| program.is_left && !ours(program))
-    });
+    let is_left = hooks
+        .iter()
+        .flat_map(|hook| &hook.programs)
+        .any(|program| program.is_left && !ours(program));
     match (details.is_empty(), advice.is_empty()) {
         (true, _) => check("nobody else is at our hooks"),
         (false, true) => {
             let check = check("others are at our hooks too, which does no harm").with(details);
-            match left {
-                None => check,
-                Some(folder) => check.but(
+            match is_left {
+                false => check,
+                true => check.but(
                     Level::Note,
-                    format!(
-                        "run `mesh-agent uninstall --bpffs {}` if that agent is not to come back",
-                        folder.display()
-                    ),
+                    "run `mesh-agent uninstall --bpffs FOLDER` for those that are gone and do not come back",
                 ),
             }
         }
@@ -291,7 +286,7 @@ mod tests {
         let (level, text) = judged(&at(false, vec![left.clone()]));
         assert_eq!(level, Level::Note);
         assert!(text.contains("/sys/fs/bpf/b, which is gone"), "{text}");
-        assert!(text.contains("uninstall --bpffs /sys/fs/bpf/b`"), "{text}");
+        assert!(text.contains("mesh-agent uninstall --bpffs FOLDER"), "{text}");
         left.agent = Some(OWN.into());
         assert_eq!(judged(&at(false, vec![left])).0, Level::Ok, "it takes these over");
     }

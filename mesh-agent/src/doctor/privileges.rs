@@ -26,6 +26,8 @@ pub(super) struct Privileges {
     pub(super) user: u32,
     /// A seccomp filter is in force.
     pub(super) is_filtered: bool,
+    /// In a user namespace, where capabilities do not reach the machine.
+    pub(super) is_confined: bool,
 }
 
 impl Privileges {
@@ -34,13 +36,15 @@ impl Privileges {
         effective: (1 << 41) - 1,
         user: 0,
         is_filtered: false,
+        is_confined: false,
     };
 
     pub(super) fn own() -> Self {
-        Self::parse(&fs::read_to_string("/proc/self/status").unwrap_or_default())
+        let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+        Self::parse(&status, &namespace("user"))
     }
 
-    fn parse(status: &str) -> Self {
+    fn parse(status: &str, user_namespace: &str) -> Self {
         let field = |name: &str| {
             let line = status.lines().find_map(|line| line.strip_prefix(name));
             line.unwrap_or_default().trim()
@@ -51,6 +55,7 @@ impl Privileges {
             effective: u64::from_str_radix(field("CapEff:"), 16).unwrap_or_default(),
             user: user.parse().unwrap_or(u32::MAX),
             is_filtered: field("Seccomp:") == "2",
+            is_confined: user_namespace != FIRST_USER,
         }
     }
 
@@ -60,32 +65,39 @@ impl Privileges {
 
     /// Any of what opens `bpf(2)`.
     pub(super) fn may_load(&self) -> bool {
-        self.has(SYS_ADMIN.0) || self.has(BPF)
+        !self.is_confined && (self.has(SYS_ADMIN.0) || self.has(BPF))
+    }
+
+    pub(super) fn may_mount(&self) -> bool {
+        !self.is_confined && self.has(SYS_ADMIN.0)
     }
 
     pub(super) fn may_raise_limits(&self) -> bool {
-        self.has(SYS_RESOURCE)
+        !self.is_confined && self.has(SYS_RESOURCE)
     }
 }
 
+/// What the link of this process's namespace says.
+fn namespace(kind: &str) -> String {
+    let link = fs::read_link(format!("/proc/self/ns/{kind}"));
+    link.map(|link| link.to_string_lossy().into_owned())
+        .unwrap_or_default()
+}
+
 pub(super) fn check(version: Option<Version>) -> Vec<Check> {
-    let namespace = |name: &str| {
-        let link = fs::read_link(format!("/proc/self/ns/{name}"));
-        link.map(|link| link.to_string_lossy().into_owned())
-            .unwrap_or_default()
-    };
+    let privileges = Privileges::own();
     vec![
-        user_namespace(&namespace("user")),
-        capabilities(&Privileges::own(), version),
+        user_namespace(privileges.is_confined),
+        capabilities(&privileges, version),
         namespaces(is_host_network(), &namespace("pid")),
     ]
 }
 
-fn user_namespace(link: &str) -> Check {
+fn user_namespace(is_confined: bool) -> Check {
     let check = |found: &str| Check::ok(Group::Privileges, "user-namespace", found);
-    match link {
-        FIRST_USER => check("root here is root of the machine"),
-        _ => check("this process is in a user namespace: root here is nobody to the kernel").but(
+    match is_confined {
+        false => check("root here is root of the machine"),
+        true => check("this process is in a user namespace: root here is nobody to the kernel").but(
             Level::Problem,
             "run it as the machine's root: not in rootless containers, and with `hostUsers: true` in Kubernetes",
         ),
@@ -145,17 +157,20 @@ mod tests {
     #[test]
     fn privileges_are_read() {
         let status = "Name:\tx\nUid:\t1000\t1000\t1000\t1000\nCapEff:\t0000000000200000\nSeccomp:\t2\n";
-        let read = Privileges::parse(status);
+        let read = Privileges::parse(status, FIRST_USER);
         assert_eq!(
             read,
             Privileges {
                 effective: 1 << 21,
                 user: 1000,
-                is_filtered: true
+                is_filtered: true,
+                is_confined: false,
             }
         );
         assert!(read.may_load() && !read.may_raise_limits());
-        assert!(!Privileges::parse("").may_load());
+        assert!(!Privileges::parse("", FIRST_USER).may_load());
+        let confined = Privileges::parse(status, "user:[4026532001]");
+        assert!(confined.is_confined && !confined.may_load() && !confined.may_mount());
     }
 
     #[test]
@@ -163,7 +178,7 @@ mod tests {
         let with = |effective, user| Privileges {
             effective,
             user,
-            is_filtered: false,
+            ..Privileges::ALL
         };
         let (old, new) = (Some(Version(6, 1)), Some(Version(6, 12)));
         let admin = 1 << SYS_ADMIN.0;
@@ -190,8 +205,8 @@ mod tests {
 
     #[test]
     fn namespaces_tell_containers() {
-        assert_eq!(user_namespace(FIRST_USER).level, Level::Ok);
-        assert_eq!(user_namespace("user:[4026532001]").level, Level::Problem);
+        assert_eq!(user_namespace(false).level, Level::Ok);
+        assert_eq!(user_namespace(true).level, Level::Problem);
         assert_eq!(namespaces(true, FIRST_PID).level, Level::Ok);
         assert!(namespaces(true, "pid:[1]").advice.contains("hostPID"));
         assert!(namespaces(false, FIRST_PID).advice.contains("hostNetwork"));

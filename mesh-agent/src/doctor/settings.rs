@@ -10,6 +10,7 @@ use nix::fcntl::{AT_FDCWD, AtFlags};
 use nix::unistd::{AccessFlags, faccessat};
 use socket2::{Domain, Socket, Type};
 
+use super::privileges::Privileges;
 use super::{Check, Group, Level, explain};
 use crate::config::{AgentConfig, validate};
 use crate::ebpf::PinSite;
@@ -55,6 +56,9 @@ pub(super) fn bpffs(folder: &Path) -> Check {
             "the agent can mount a BPF filesystem at {}",
             parent.display()
         )),
+        Err(error) if !Privileges::own().may_mount() => {
+            check(explain(&error)).but(Level::Problem, "run it as the machine's root, with CAP_SYS_ADMIN")
+        }
         Err(error) => check(explain(&error)).but(
             Level::Problem,
             "run `mount -t bpf bpf /sys/fs/bpf` on the host, give it to containers (`hostPath`), and set `bpffs` to a folder on it",
@@ -265,10 +269,12 @@ fn resources(config: &AgentConfig) -> Check {
             );
     }
     let found = validate(&config.files, config.settings());
-    let text = |errors: &str| format!("{} documents in {} files{errors}", found.documents, found.files);
+    let counted = |count: usize, what: &str| format!("{count} {what}{}", if count == 1 { "" } else { "s" });
+    let documents = counted(found.documents, "document");
+    let text = format!("{documents} in {}", counted(found.files, "file"));
     match found.count(Severity::Error) {
-        0 => check(text("")),
-        errors => check(text(&format!(", with {errors} errors"))).but(
+        0 => check(text),
+        errors => check(format!("{text}, with {}", counted(errors, "error"))).but(
             Level::Warning,
             "`mesh-agent validate` shows them; bad documents are refused, each for itself",
         ),

@@ -11,7 +11,7 @@ use thiserror::Error;
 pub enum CaptureError {
     #[error("this agent was built without its eBPF programs: run `cargo xtask build-ebpf`, then build again")]
     NoPrograms,
-    #[error("cannot use {} for pinned programs and maps{}", path.display(), as_root(source))]
+    #[error("cannot use {} for pinned programs and maps", path.display())]
     Bpffs { path: PathBuf, source: io::Error },
     #[error("{} is on no BPF filesystem, and none can be mounted at its parent, which is not an empty folder", .0.display())]
     NotBpffs(PathBuf),
@@ -108,13 +108,6 @@ fn judgement(log: &str) -> Option<String> {
         .filter(|line| !line.is_empty() && !FIGURES.iter().any(|figure| line.starts_with(figure)))
         .next_back()
         .map(str::to_owned)
-}
-
-fn as_root(error: &io::Error) -> &'static str {
-    match error.kind() {
-        io::ErrorKind::PermissionDenied => "; it takes root to",
-        _ => "",
-    }
 }
 
 fn list(addresses: &[IpAddr]) -> String {
