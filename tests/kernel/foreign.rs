@@ -7,6 +7,8 @@ use std::mem::size_of;
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::path::Path;
 
+use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
+
 /// How the others' program is attached.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Attach {
@@ -50,6 +52,8 @@ pub(crate) fn attach(cgroup: &Path, name: &CStr, how: Attach) {
     const KIND: u32 = 18;
     const PROG_LOAD: libc::c_long = 5;
     const PROG_ATTACH: libc::c_long = 8;
+    // Before 5.11 what all processes of a user have loaded counts.
+    setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY).unwrap();
     // r0 = 1; exit
     let code: [u64; 2] = [0x0000_0001_0000_00b7, 0x95];
     let mut load = Load {

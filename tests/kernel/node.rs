@@ -212,7 +212,8 @@ impl Node {
     pub(crate) fn runs(&self) -> String {
         let mut process = self.start();
         process.signal(Signal::SIGTERM).unwrap();
-        assert!(process.wait(PATIENCE).unwrap().success());
+        let status = process.wait(PATIENCE).unwrap();
+        assert!(status.success(), "{status}: {}", process.log());
         process.log()
     }
 }

@@ -107,9 +107,11 @@ pub async fn run(config: AgentConfig, log: LogHandle, lanes: Lanes) -> anyhow::R
     tokio::spawn(Arc::clone(&proxy).sweep(drain));
     let watching = files.watch(store).context("cannot watch the resource files")?;
     tokio::spawn(workloads.run(readiness.clone(), WORKLOADS));
+    // Whoever reads that it runs may stop it.
+    let stop_signal = stop_signal()?;
     tracing::info!(node = %config.node, admin = %config.admin, "the agent runs");
 
-    stop_signal().await?;
+    stop_signal.await;
     readiness.drain();
     sources.metrics.agent().draining.set(1);
     stop(&trigger, config.drain, &proxy).await;
@@ -237,14 +239,16 @@ async fn forget_idle(sources: Arc<AdminSources>) {
     }
 }
 
-async fn stop_signal() -> anyhow::Result<()> {
+/// Listens from now on; the future ends with the first signal.
+fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
-    tokio::select! {
-        _ = terminate.recv() => tracing::info!("SIGTERM: finishing what is open"),
-        _ = interrupt.recv() => tracing::info!("SIGINT: finishing what is open"),
-    }
-    Ok(())
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => tracing::info!("SIGTERM: finishing what is open"),
+            _ = interrupt.recv() => tracing::info!("SIGINT: finishing what is open"),
+        }
+    })
 }
 
 /// Lets what is open finish, then cuts and reports the rest.

@@ -37,10 +37,15 @@ pub(super) fn release() -> String {
 }
 
 pub(super) fn check(version: Option<Version>) -> Vec<Check> {
+    // As it was given, before it is lifted.
     let limit = getrlimit(Resource::RLIMIT_MEMLOCK).unwrap_or((RLIM_INFINITY, RLIM_INFINITY));
     let privileges = Privileges::own();
-    let mut checks = vec![
-        kernel(&release(), version),
+    let mut checks = vec![kernel(&release(), version)];
+    // It comes before what it is the cause of.
+    if version < Some(COUNTS_IN_CGROUP) {
+        checks.push(locked_memory(limit, privileges.may_raise_limits()));
+    }
+    checks.extend([
         syscall(examine::bpf_syscall(), &privileges),
         btf(fs::exists("/sys/kernel/btf/vmlinux").unwrap_or_default()),
         jit(
@@ -48,10 +53,7 @@ pub(super) fn check(version: Option<Version>) -> Vec<Check> {
             is_host_network(),
         ),
         lockdown(read("/sys/kernel/security/lockdown").as_deref()),
-    ];
-    if version < Some(COUNTS_IN_CGROUP) {
-        checks.push(locked_memory(limit, privileges.may_raise_limits()));
-    }
+    ]);
     checks
 }
 
@@ -100,7 +102,7 @@ fn syscall(tried: io::Result<()>, privileges: &Privileges) -> Check {
         Some(libc::EPERM) if privileges.may_load() => {
             check("the bpf system call is refused though this process has the capabilities").but(
                 Level::Problem,
-                "see whether a security module (SELinux, AppArmor) or a container's sandbox forbids it; on kernels before 5.11 also whether RLIMIT_MEMLOCK is raised",
+                "see whether a security module (SELinux, AppArmor) or a container's sandbox forbids it",
             )
         }
         Some(libc::EPERM) => check("the bpf system call is refused: a capability is missing")

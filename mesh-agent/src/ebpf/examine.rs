@@ -69,8 +69,10 @@ pub fn programs_inside() -> Result<(), CaptureError> {
     programs::require_object()
 }
 
-/// Whether this process may use `bpf(2)` at all.
+/// Whether this process may use `bpf(2)` at all, with its limit of locked memory lifted as for an agent: before 5.11
+/// all processes of a user share one account.
 pub fn bpf_syscall() -> io::Result<()> {
+    lift_memlock_limit();
     sys::probe()
 }
 
