@@ -10,6 +10,7 @@ use std::process::{Command, Output};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use anyhow::Context as _;
 use mesh_tests::{Process, Run, program, shell, until};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
@@ -20,6 +21,9 @@ use crate::world::PATIENCE;
 
 /// Runs in the new process, before the agent's program does.
 type Step = Arc<dyn Fn() -> io::Result<()> + Send + Sync>;
+
+/// `CAP_CHECKPOINT_RESTORE`, the last one since 5.9.
+const LAST_CAPABILITY: libc::c_ulong = 40;
 
 /// In the node's folder.
 const AGENT: &str = "mesh-agent";
@@ -125,16 +129,16 @@ impl Node {
         self.but(move || bind(&own, Path::new(path)))
     }
 
-    /// Without these capabilities, by number.
-    pub(crate) fn without_capabilities(self, numbers: &'static [libc::c_ulong]) -> Self {
+    /// Without one capability, by number.
+    pub(crate) fn without_capability(self, number: libc::c_ulong) -> Self {
+        self.but(move || drop_capability(number))
+    }
+
+    /// With these capabilities alone.
+    pub(crate) fn with_capabilities(self, kept: &'static [libc::c_ulong]) -> Self {
         self.but(move || {
-            for number in numbers {
-                // SAFETY: takes numbers only.
-                if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, *number, 0, 0, 0) } != 0 {
-                    return Err(io::Error::last_os_error());
-                }
-            }
-            Ok(())
+            let mut others = (0..=LAST_CAPABILITY).filter(|number| !kept.contains(number));
+            others.try_for_each(drop_capability)
         })
     }
 
@@ -175,16 +179,12 @@ impl Node {
             stdout,
             stderr,
         } = shell::raw(&mut self.command(&["doctor", "-o", "json"])).unwrap();
-        let json = serde_json::from_slice(&stdout).unwrap_or_else(|error| {
-            panic!(
-                "{error}: {}{}",
-                String::from_utf8_lossy(&stdout),
-                String::from_utf8_lossy(&stderr)
-            )
-        });
+        let said = [&*stdout, &*stderr].concat();
+        let json =
+            serde_json::from_slice(&stdout).with_context(|| String::from_utf8_lossy(&said).into_owned());
         Report {
             success: status.success(),
-            json,
+            json: json.unwrap(),
         }
     }
 
@@ -222,7 +222,9 @@ impl Report {
     pub(crate) fn check(&self, id: &str) -> &Value {
         let checks = self.json["checks"].as_array().unwrap();
         let found = checks.iter().find(|check| check["id"] == id);
-        found.unwrap_or_else(|| panic!("no check {id} in {:#}", self.json))
+        found
+            .with_context(|| format!("no check {id} in {:#}", self.json))
+            .unwrap()
     }
 
     /// (level, found, advice)
@@ -272,6 +274,15 @@ pub(crate) fn taken() -> (TcpListener, SocketAddr) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     (listener, address)
+}
+
+/// Takes effect with the next program.
+fn drop_capability(number: libc::c_ulong) -> io::Result<()> {
+    // SAFETY: takes numbers only.
+    match unsafe { libc::prctl(libc::PR_CAPBSET_DROP, number, 0, 0, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 fn forbid_bpf(errno: u32) -> io::Result<()> {

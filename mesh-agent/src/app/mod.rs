@@ -45,9 +45,7 @@ const WORKLOADS: &str = "workloads";
 
 /// Runs the agent until it is told to stop. Call it on the control runtime; the data path has `lanes`.
 pub async fn run(config: AgentConfig, log: LogHandle, lanes: Lanes) -> anyhow::Result<()> {
-    for warning in doctor::before_start(&config)? {
-        tracing::warn!("{warning}");
-    }
+    check_node(&config)?;
     bound_process();
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
@@ -107,16 +105,20 @@ pub async fn run(config: AgentConfig, log: LogHandle, lanes: Lanes) -> anyhow::R
     tokio::spawn(Arc::clone(&proxy).sweep(drain));
     let watching = files.watch(store).context("cannot watch the resource files")?;
     tokio::spawn(workloads.run(readiness.clone(), WORKLOADS));
-    // Whoever reads that it runs may stop it.
-    let stop_signal = stop_signal()?;
-    tracing::info!(node = %config.node, admin = %config.admin, "the agent runs");
-
-    stop_signal.await;
+    stop_signal(&config)?.await;
     readiness.drain();
     sources.metrics.agent().draining.set(1);
     stop(&trigger, config.drain, &proxy).await;
     watching.stop();
     access_log.flush(FLUSH_TIME);
+    Ok(())
+}
+
+/// Before anything is made: refuses where capture is impossible, and warns of what is in its way.
+fn check_node(config: &AgentConfig) -> anyhow::Result<()> {
+    for warning in doctor::before_start(config)? {
+        tracing::warn!("{warning}");
+    }
     Ok(())
 }
 
@@ -239,10 +241,11 @@ async fn forget_idle(sources: Arc<AdminSources>) {
     }
 }
 
-/// Listens from now on; the future ends with the first signal.
-fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
+/// Says that the agent runs once it can be told to stop; the future ends with the first signal.
+fn stop_signal(config: &AgentConfig) -> anyhow::Result<impl Future<Output = ()>> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
+    tracing::info!(node = %config.node, admin = %config.admin, "the agent runs");
     Ok(async move {
         tokio::select! {
             _ = terminate.recv() => tracing::info!("SIGTERM: finishing what is open"),

@@ -103,10 +103,9 @@ fn refusal(error: &ProgramError) -> String {
 /// The last line of a verifier's log that is not one of its figures.
 fn judgement(log: &str) -> Option<String> {
     const FIGURES: [&str; 4] = ["processed ", "verification time ", "stack depth ", "peak_states "];
-    let lines = log.lines().map(|line| line.trim_matches(['\0', ' ']));
+    let mut lines = log.lines().map(|line| line.trim_matches(['\0', ' ']));
     lines
-        .filter(|line| !line.is_empty() && !FIGURES.iter().any(|figure| line.starts_with(figure)))
-        .next_back()
+        .rfind(|line| !line.is_empty() && !FIGURES.iter().any(|figure| line.starts_with(figure)))
         .map(str::to_owned)
 }
 

@@ -80,16 +80,7 @@ pub fn bpf_syscall() -> io::Result<()> {
 pub fn trial() -> Result<(Features, Vec<Trial>), CaptureError> {
     lift_memlock_limit();
     let features = Features::probe()?;
-    let judged = programs::trial(&features)?.into_iter();
-    let trials = judged
-        .map(|(hook, outcome)| Trial {
-            hook,
-            refused: outcome.err().map(|error| match error {
-                CaptureError::Program { reason, .. } => reason,
-                error => error.to_string(),
-            }),
-        })
-        .collect();
+    let trials = programs::trial(&features)?;
     Ok((features, trials))
 }
 

@@ -14,6 +14,7 @@ use mesh_common::{WorkloadKey, maps};
 use serde::Serialize;
 
 use super::bpffs::Folders;
+use super::examine::Trial;
 use super::sys;
 use super::{CaptureError, Features};
 
@@ -222,14 +223,19 @@ fn load_with(
 }
 
 /// Has the verifier look at every program, with maps of its own; nothing is attached, and nothing stays.
-pub(super) fn trial(
-    features: &Features,
-) -> Result<Vec<(&'static str, Result<(), CaptureError>)>, CaptureError> {
+pub(super) fn trial(features: &Features) -> Result<Vec<Trial>, CaptureError> {
     let nobody = Serves { workload: 0, host: 0 };
     let mut object = load_with(&nobody, features, maps::MAX_FLOWS, |_| {})?;
     let hooks = HOOKS.iter().chain([&LOOKUP]);
     Ok(hooks
-        .map(|hook| (hook.name, verified(&mut object, hook.program).map(drop)))
+        .map(|hook| Trial {
+            hook: hook.name,
+            refused: match verified(&mut object, hook.program) {
+                Ok(_) => None,
+                Err(CaptureError::Program { reason, .. }) => Some(reason),
+                Err(error) => Some(error.to_string()),
+            },
+        })
         .collect())
 }
 
