@@ -283,7 +283,7 @@ fn is_enrolled(workload: &Value) -> bool {
 }
 
 /// A program of this workspace: where the variable says, else where cargo put it beside us.
-fn program(name: &str, variable: &str) -> Result<PathBuf> {
+pub fn program(name: &str, variable: &str) -> Result<PathBuf> {
     if let Some(path) = env::var_os(variable) {
         return Ok(path.into());
     }

@@ -5,6 +5,7 @@
 
 mod age;
 mod client;
+mod doctor;
 mod get;
 mod status;
 mod table;
@@ -21,12 +22,16 @@ use anyhow::Context;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use self::client::Client;
+use self::doctor::DoctorArgs;
 use self::validate::ValidateArgs;
 use crate::admin::api;
+pub use crate::doctor::explain;
 use crate::ebpf;
+use crate::ebpf::examine::{AgentFolder, AgentOwner};
 
 const EXAMPLES: &str = "\
 Examples:
+  mesh-agent doctor                           whether this node can run the agent
   mesh-agent run --config agent.yaml          run the agent
   mesh-agent validate resources/              check documents without an agent
   mesh-agent status                           how the agent of this node is
@@ -50,6 +55,8 @@ pub enum Command {
         #[arg(long, value_name = "FILE")]
         config: Option<PathBuf>,
     },
+    /// Check whether this node can run the agent, without changing anything on it.
+    Doctor(DoctorArgs),
     /// Check resources, and an agent configuration, without an agent.
     Validate(ValidateArgs),
     /// Show how a running agent is.
@@ -123,6 +130,7 @@ pub fn execute(command: Command) -> anyhow::Result<ExitCode> {
     let mut stdout = io::stdout().lock();
     match command {
         Command::Run { .. } => anyhow::bail!("`run` is not one of the commands that ask"),
+        Command::Doctor(args) => return doctor::run(&args, &mut stdout),
         Command::Validate(args) => return Ok(validate::run(&args, &mut stdout)?),
         Command::Status { output } => show_status(&output, &mut stdout)?,
         Command::Get {
@@ -161,14 +169,31 @@ fn uninstall(bpffs: &Path, out: &mut impl Write) -> anyhow::Result<()> {
     if removed.is_empty() {
         writeln!(
             out,
-            "Nothing to remove: no agent left anything under {}.",
+            "Nothing to remove: no agent left anything at {}.",
             bpffs.display()
         )?;
+        // It may have been meant for another.
+        for folder in ebpf::examine::agents().unwrap_or_default() {
+            writeln!(out, "{}", with_pins(&folder))?;
+        }
     }
     for path in removed {
         writeln!(out, "removed {}", path.display())?;
     }
     Ok(())
+}
+
+fn with_pins(folder: &AgentFolder) -> String {
+    let path = folder.path.display();
+    match folder.owner {
+        AgentOwner::Nobody => {
+            format!(
+                "{path} has pins of an agent that is gone: `mesh-agent uninstall --bpffs {path}` removes them"
+            )
+        }
+        AgentOwner::Process(process) => format!("{path} has pins of an agent that runs (process {process})"),
+        AgentOwner::Hidden => format!("{path} has pins of an agent that runs"),
+    }
 }
 
 fn yaml(value: &impl serde::Serialize) -> anyhow::Result<String> {
