@@ -33,6 +33,8 @@ pub struct Options {
     pub log: String,
     /// More lines for the agents' configuration.
     pub config: String,
+    /// A library that counts the agents' allocations, see [`Agent::allocations`].
+    pub counting: Option<PathBuf>,
 }
 
 impl Default for Options {
@@ -42,6 +44,7 @@ impl Default for Options {
             agents: true,
             log: "info".to_owned(),
             config: format!("threads: {THREADS}\n"),
+            counting: None,
         }
     }
 }

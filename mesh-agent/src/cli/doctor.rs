@@ -2,44 +2,23 @@
 
 use std::fmt::Write as _;
 use std::io::{self, Write};
-use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, ValueEnum};
-
+use super::args::{DoctorArgs, Shape};
 use super::table::printable;
 use crate::doctor::{Check, Group, Level, Report, examine};
-
-/// Check whether this node can run the agent, without changing anything on it.
-#[derive(Debug, Args)]
-pub struct DoctorArgs {
-    /// The agent's configuration, as for `run`; every field has a default.
-    #[arg(long, value_name = "FILE")]
-    config: Option<PathBuf>,
-    /// How to show it.
-    #[arg(short, long, value_enum, default_value_t)]
-    output: Output,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-enum Output {
-    #[default]
-    Table,
-    Json,
-    Yaml,
-}
 
 /// Shows what it finds; fails if the node cannot run the agent.
 pub(super) fn run(args: &DoctorArgs, out: &mut impl Write) -> anyhow::Result<ExitCode> {
     let node = std::env::var("NODE_NAME").ok();
     let report = examine(args.config.as_deref(), node.as_deref());
     match args.output {
-        Output::Table => out.write_all(render(&report).as_bytes())?,
-        Output::Json => {
+        Shape::Table => out.write_all(render(&report).as_bytes())?,
+        Shape::Json => {
             serde_json::to_writer_pretty(&mut *out, &report).map_err(io::Error::from)?;
             writeln!(out)?;
         }
-        Output::Yaml => out.write_all(super::yaml(&report)?.as_bytes())?,
+        Shape::Yaml => out.write_all(super::yaml(&report)?.as_bytes())?,
     }
     Ok(match report.can_run {
         true => ExitCode::SUCCESS,
