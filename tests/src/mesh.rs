@@ -33,6 +33,8 @@ pub struct Options {
     pub log: String,
     /// More lines for the agents' configuration.
     pub config: String,
+    /// A program that starts the agents' program in its place, with arguments of its own.
+    pub under: Vec<String>,
 }
 
 impl Default for Options {
@@ -42,6 +44,7 @@ impl Default for Options {
             agents: true,
             log: "info".to_owned(),
             config: format!("threads: {THREADS}\n"),
+            under: Vec::new(),
         }
     }
 }
