@@ -11,6 +11,7 @@
 mod cancel;
 mod common;
 mod counted;
+mod deploy;
 mod dns;
 mod fast;
 mod fixture;

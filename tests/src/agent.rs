@@ -1,5 +1,6 @@
 //! One node's agent: its configuration, its process, its admin page.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -23,6 +24,7 @@ pub struct Agent {
     pub metrics: SocketAddr,
     pub config: PathBuf,
     program: PathBuf,
+    under: Vec<String>,
     log_filter: String,
     counting: Option<PathBuf>,
     process: Option<Process>,
@@ -57,6 +59,7 @@ impl Agent {
             metrics,
             config,
             program: program.to_owned(),
+            under: options.under.clone(),
             log_filter: options.log.clone(),
             counting: options.counting.clone(),
             process: None,
@@ -71,8 +74,10 @@ impl Agent {
 
     /// Starts the agent without waiting.
     pub fn spawn(&mut self, run: &Run) -> Result<()> {
-        let mut command = Command::new(&self.program);
-        command.arg("run").arg("--config").arg(&self.config);
+        let words = self.under.iter().map(OsStr::new);
+        let mut words = words.chain([self.program.as_os_str()]);
+        let mut command = Command::new(words.next().context("there is always the agent's program")?);
+        command.args(words).arg("run").arg("--config").arg(&self.config);
         command.env("RUST_LOG", &self.log_filter);
         if let Some(library) = &self.counting {
             let counted = self.counted(run);

@@ -35,6 +35,8 @@ pub struct Options {
     pub config: String,
     /// A library that counts the agents' allocations, see [`Agent::allocations`].
     pub counting: Option<PathBuf>,
+    /// A program that starts the agents' program in its place, with arguments of its own.
+    pub under: Vec<String>,
 }
 
 impl Default for Options {
@@ -45,6 +47,7 @@ impl Default for Options {
             log: "info".to_owned(),
             config: format!("threads: {THREADS}\n"),
             counting: None,
+            under: Vec::new(),
         }
     }
 }

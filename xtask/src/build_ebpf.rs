@@ -53,13 +53,9 @@ pub(crate) fn build_with(steps: &mut Steps, title: &str, mut cargo: Command, als
             cargo.args(["--package", "mesh-tests", "--bin", "mesh-agent"]);
         }
         cargo.args(also.iter().flat_map(|package| ["--package", package]));
-        cargo.args([
-            "--release",
-            "--package",
-            "mesh-agent",
-            "--message-format",
-            "json-render-diagnostics",
-        ]);
+        cargo
+            .args(["--release", "--package", "mesh-agent"])
+            .args(MESSAGES);
         find_outputs(&shell::output(&mut cargo)?)
     })?;
     let size = built
@@ -73,21 +69,57 @@ pub(crate) fn build_with(steps: &mut Steps, title: &str, mut cargo: Command, als
     Ok(built)
 }
 
+/// Builds test programs of mesh-tests too.
+///
+/// Not in one go with the agent: its own tests' features would become those of both, so that the tests would run
+/// another agent than users.
+pub(crate) fn add_tests(
+    steps: &mut Steps,
+    title: &str,
+    mut cargo: Command,
+    tests: &[&str],
+    built: &mut Built,
+) -> Result<()> {
+    cargo
+        .args(["--release", "--package", "mesh-tests"])
+        .args(MESSAGES);
+    cargo.args(tests.iter().flat_map(|test| ["--test", test]));
+    let messages = steps.run(title, || shell::output(&mut cargo))?;
+    for message in parse(&messages) {
+        built.programs.extend(program(&message?));
+    }
+    Ok(())
+}
+
+const MESSAGES: [&str; 2] = ["--message-format", "json-render-diagnostics"];
+
+fn parse(messages: &str) -> impl Iterator<Item = Result<Value>> {
+    messages
+        .lines()
+        .map(|line| serde_json::from_str(line).context("cargo's messages are not JSON"))
+}
+
+/// The program that a message tells of: its name and where it is.
+fn program(message: &Value) -> Option<(String, PathBuf)> {
+    let (name, file) = (
+        message["target"]["name"].as_str()?,
+        message["executable"].as_str()?,
+    );
+    Some((name.to_owned(), PathBuf::from(file)))
+}
+
 /// Cargo tells in its messages where it put things; guessing from the target folder could find an old build.
 fn find_outputs(messages: &str) -> Result<Built> {
     let (mut programs, mut object) = (BTreeMap::new(), None);
-    for line in messages.lines() {
-        let message: Value = serde_json::from_str(line).context("cargo's messages are not JSON")?;
+    for message in parse(messages) {
+        let message = message?;
         let package = message["package_id"].as_str().unwrap_or_default();
         if let Some(out) = message["out_dir"].as_str()
             && package.contains("/mesh-agent#")
         {
             object = Some(Path::new(out).join("mesh-ebpf"));
         }
-        if let (Some(name), Some(file)) = (message["target"]["name"].as_str(), message["executable"].as_str())
-        {
-            programs.insert(name.to_owned(), PathBuf::from(file));
-        }
+        programs.extend(program(&message));
     }
     Ok(Built {
         agent: programs

@@ -59,18 +59,25 @@ impl fmt::Display for Arch {
     }
 }
 
-/// Builds the agent, all programs of the packages in `also`, and their test programs in `tests`.
+/// Builds the agent, all programs of the packages in `also`, and the test programs of mesh-tests in `tests`.
 pub(crate) fn build(steps: &mut Steps, arch: Arch, also: &[&str], tests: &[&str]) -> Result<Built> {
-    let mut cargo = shell::cargo("build");
     if !arch.is_host() {
         setup::ensure(&[Need::Build, Need::Cross(arch)])?;
+    }
+    let mut built = build_ebpf::build_with(steps, &format!("build for {arch}"), cargo_build(arch)?, also)?;
+    if !tests.is_empty() {
+        let title = format!("build the tests for {arch}");
+        build_ebpf::add_tests(steps, &title, cargo_build(arch)?, tests, &mut built)?;
+    }
+    Ok(built)
+}
+
+fn cargo_build(arch: Arch) -> Result<Command> {
+    let mut cargo = shell::cargo("build");
+    if !arch.is_host() {
         aim(&mut cargo, arch)?;
     }
-    if !tests.is_empty() {
-        cargo.arg("--bins");
-        cargo.args(tests.iter().flat_map(|test| ["--test", test]));
-    }
-    build_ebpf::build_with(steps, &format!("build for {arch}"), cargo, also)
+    Ok(cargo)
 }
 
 /// Makes a cargo build for another architecture.
