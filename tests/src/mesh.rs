@@ -35,6 +35,8 @@ pub struct Options {
     pub config: String,
     /// A program that starts the agents' program in its place, with arguments of its own.
     pub under: Vec<String>,
+    /// A library that counts the agents' allocations, see [`Agent::allocations`].
+    pub counting: Option<PathBuf>,
 }
 
 impl Default for Options {
@@ -45,6 +47,7 @@ impl Default for Options {
             log: "info".to_owned(),
             config: format!("threads: {THREADS}\n"),
             under: Vec::new(),
+            counting: None,
         }
     }
 }
@@ -283,7 +286,7 @@ fn is_enrolled(workload: &Value) -> bool {
 }
 
 /// A program of this workspace: where the variable says, else where cargo put it beside us.
-fn program(name: &str, variable: &str) -> Result<PathBuf> {
+pub fn program(name: &str, variable: &str) -> Result<PathBuf> {
     if let Some(path) = env::var_os(variable) {
         return Ok(path.into());
     }
