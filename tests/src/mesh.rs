@@ -33,10 +33,10 @@ pub struct Options {
     pub log: String,
     /// More lines for the agents' configuration.
     pub config: String,
-    /// A library that counts the agents' allocations, see [`Agent::allocations`].
-    pub counting: Option<PathBuf>,
     /// A program that starts the agents' program in its place, with arguments of its own.
     pub under: Vec<String>,
+    /// A library that counts the agents' allocations, see [`Agent::allocations`].
+    pub counting: Option<PathBuf>,
 }
 
 impl Default for Options {
@@ -46,8 +46,8 @@ impl Default for Options {
             agents: true,
             log: "info".to_owned(),
             config: format!("threads: {THREADS}\n"),
-            counting: None,
             under: Vec::new(),
+            counting: None,
         }
     }
 }
