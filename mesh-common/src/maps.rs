@@ -11,6 +11,9 @@ pub const LISTENERS: &str = "LISTENERS";
 pub const OWN: &str = "OWN";
 /// `FlowKey` -> `Flow`.
 pub const FLOWS: &str = "FLOWS";
+/// `FlowKey` -> `Flow` of the agent's connections to applications, where the kernel does not tell `sockops` programs
+/// whose an accepted socket is: then `getpeername` looks here when it is asked.
+pub const PRESENTED: &str = "PRESENTED";
 /// `FlowKey` of connections that found `FLOWS` full -> unused.
 pub const REFUSED: &str = "REFUSED";
 /// Socket -> `SocketRecord`.
@@ -27,11 +30,12 @@ pub const COUNTERS: &str = "COUNTERS";
 pub const SETTINGS: &str = "SETTINGS";
 
 /// Every map, in the order of the admin page.
-pub const ALL: [&str; 11] = [
+pub const ALL: [&str; 12] = [
     WORKLOADS,
     LISTENERS,
     OWN,
     FLOWS,
+    PRESENTED,
     REFUSED,
     SOCKETS,
     DNS_SERVERS,
@@ -48,8 +52,10 @@ pub const MAX_LISTENERS: u32 = 2 * MAX_WORKLOADS;
 /// Connects of the agent under way at one time.
 pub const MAX_OWN: u32 = 16 * 1024;
 /// Connections between an application's `connect` and the agent's `accept`: as long as the agent keeps up, a few.
-/// Where `sockops` cannot tell whose an accepted socket is, also those to applications that did not ask for their peer.
-pub const MAX_FLOWS: u32 = 128 * 1024;
+pub const MAX_FLOWS: u32 = 16 * 1024;
+/// Connections of the agent to applications that did not ask yet for whom it speaks. The oldest make room: who asks
+/// later than that sees the agent's address. (Where `sockops` can tell, nothing is kept here, see [`PRESENTED`].)
+pub const MAX_PRESENTED: u32 = 32 * 1024;
 /// Only those on their way to being reset; an entry lives for microseconds.
 pub const MAX_REFUSED: u32 = 1024;
 /// A few hundred workloads, each with a hundred destinations on its own node.
@@ -75,6 +81,9 @@ pub const DNS_V4_PROBES: u32 = 8;
 /// ports from: a redirected connection can then never be the mirror image of another.
 pub const REDIRECT_PORT_FIRST: u16 = 1024;
 pub const REDIRECT_PORT_COUNT: u16 = 31 * 1024;
+
+/// How long an application may take to ask for the peer of a connection that is closed already.
+pub const PRESENTED_AFTER_CLOSE_NS: u64 = 60_000_000_000;
 
 /// An agent that has not given a sign for so long is taken for gone. It gives one every second.
 pub const HEARTBEAT_LIMIT_NS: u64 = 10_000_000_000;

@@ -69,7 +69,7 @@ fn tcp(ctx: &Addr, key: u64, entry: &WorkloadEntry) -> Verdict {
     };
     if !ctx.set_record(record) {
         count(Counter::RefusedNoStorage);
-        return workload::refuse();
+        return refuse(ctx, own);
     }
     // The host's namespace belongs to others: without a `sk_lookup` program there, the listener is dialled.
     let port = if key & CGROUP_KEYS == 0 {
@@ -84,7 +84,7 @@ fn tcp(ctx: &Addr, key: u64, entry: &WorkloadEntry) -> Verdict {
 
 /// ECONNREFUSED for the application: where the kernel does not let us say so, from a port where nobody can listen.
 #[inline(always)]
-fn refuse(ctx: &Addr, own: NetAddr) -> Verdict {
+pub(crate) fn refuse(ctx: &Addr, own: NetAddr) -> Verdict {
     if workload::can_set_errno() {
         return workload::refuse();
     }

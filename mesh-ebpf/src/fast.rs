@@ -24,7 +24,7 @@ use mesh_common::{
 
 use crate::context::{Addr, Verdict, read};
 use crate::maps::{FAST, FAST_TRAFFIC, count};
-use crate::workload;
+use crate::{connect, workload};
 
 /// `None`: this connection is the agent's.
 #[inline(always)]
@@ -49,7 +49,7 @@ pub(crate) fn connect(ctx: &Addr, client: WorkloadKey, own: &NetAddr, to: NetEnd
     };
     if !ctx.set_record(record) {
         count(Counter::RefusedNoStorage);
-        return Some(workload::refuse());
+        return Some(connect::refuse(ctx, *own));
     }
     // Of several addresses the server is to see the workload's own. A source that the application chose stays.
     ctx.bind(own);

@@ -5,8 +5,8 @@ use aya_ebpf::btf_maps::SkStorage;
 use aya_ebpf::macros::{btf_map, map};
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, SockHash};
 use mesh_common::maps::{
-    MAX_DNS_SERVERS, MAX_FAST, MAX_FAST_TRAFFIC, MAX_FLOWS, MAX_LISTENERS, MAX_OWN, MAX_REFUSED,
-    MAX_WORKLOADS,
+    MAX_DNS_SERVERS, MAX_FAST, MAX_FAST_TRAFFIC, MAX_FLOWS, MAX_LISTENERS, MAX_OWN, MAX_PRESENTED,
+    MAX_REFUSED, MAX_WORKLOADS,
 };
 use mesh_common::{
     Counter, DnsKey, FastKey, FastPath, Flow, FlowKey, ListenerKey, NetEndpoint, OwnSocket, Settings,
@@ -20,10 +20,12 @@ pub(crate) static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(
 #[map]
 pub(crate) static OWN: HashMap<u64, OwnSocket> = HashMap::with_max_entries(MAX_OWN, 0);
 #[map]
-pub(crate) static REFUSED: LruHashMap<FlowKey, u32> = LruHashMap::with_max_entries(MAX_REFUSED, 0);
-// These four are sized for the worst case, which nearly never is: so not allocated ahead.
+pub(crate) static FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(MAX_FLOWS, 0);
 #[map]
-pub(crate) static FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(MAX_FLOWS, BPF_F_NO_PREALLOC);
+pub(crate) static PRESENTED: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(MAX_PRESENTED, 0);
+#[map]
+pub(crate) static REFUSED: LruHashMap<FlowKey, u32> = LruHashMap::with_max_entries(MAX_REFUSED, 0);
+// These three are sized for the worst case, which nearly never is: so not allocated ahead.
 #[map]
 pub(crate) static DNS_SERVERS: HashMap<DnsKey, NetEndpoint> =
     HashMap::with_max_entries(MAX_DNS_SERVERS, BPF_F_NO_PREALLOC);

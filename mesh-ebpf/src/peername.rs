@@ -1,17 +1,18 @@
 //! `cgroup/getpeername4` and `6`: an application sees the peer that it asked for, and in `accept()` the real
 //! client, though the connection is with the agent.
 
-use mesh_common::{FlowKey, SocketRecord, flow_kind, socket_kind};
+use aya_ebpf::helpers::bpf_ktime_get_ns;
+use mesh_common::maps::PRESENTED_AFTER_CLOSE_NS;
+use mesh_common::{FlowKey, SocketRecord, socket_kind};
 
 use crate::context::{Addr, MULTIPATH, Verdict};
-use crate::maps::FLOWS;
+use crate::maps::PRESENTED;
 use crate::workload;
 
 #[inline(always)]
 pub(crate) fn getpeername(ctx: &Addr) -> Verdict {
     let record = match ctx.record() {
-        None if workload::presented_late() => accepted(ctx),
-        None if is_multipath(ctx) => ctx.subflow_record(),
+        None => accepted(ctx).or_else(|| is_multipath(ctx).then(|| ctx.subflow_record()).flatten()),
         record => record,
     };
     if let Some(record) = record
@@ -26,6 +27,9 @@ pub(crate) fn getpeername(ctx: &Addr) -> Verdict {
 /// Notes for whom the agent speaks on a socket that an application accepted, where `sockops` could not.
 #[inline(always)]
 fn accepted(ctx: &Addr) -> Option<SocketRecord> {
+    if !workload::presented_late() {
+        return None;
+    }
     let workload = workload::key(ctx);
     workload::find(workload)?;
     let key = FlowKey {
@@ -33,9 +37,12 @@ fn accepted(ctx: &Addr) -> Option<SocketRecord> {
         source: ctx.endpoint(),
         destination: ctx.local(),
     };
-    // SAFETY: written once before the connection is accepted, and removed here or when it closes.
-    let flow = unsafe { FLOWS.get(key) }?;
-    if flow.kind != flow_kind::INBOUND {
+    // SAFETY: plain integers, written when the connection is made and when it is closed.
+    let flow = unsafe { PRESENTED.get(key) }?;
+    // SAFETY: takes nothing.
+    let now = unsafe { bpf_ktime_get_ns() };
+    // Else a connection of the application with itself, by the same ports, would be taken for it.
+    if flow.closed_at != 0 && now.saturating_sub(flow.closed_at) > PRESENTED_AFTER_CLOSE_NS {
         return None;
     }
     let record = SocketRecord {
@@ -43,9 +50,9 @@ fn accepted(ctx: &Addr) -> Option<SocketRecord> {
         endpoint: flow.endpoint,
         kind: socket_kind::ACCEPTED,
     };
-    // A Multipath TCP socket is asked again and again, and so the flow stays until its connection closes.
+    // A Multipath TCP socket has no record that its connection would clear, and is looked up each time.
     if !is_multipath(ctx) && ctx.set_record(record) {
-        let _ = FLOWS.remove(key);
+        let _ = PRESENTED.remove(key);
     }
     Some(record)
 }

@@ -14,7 +14,7 @@ use mesh_common::{
 };
 
 use crate::context::{either, forget_socket_record, read, read4, set_socket_record, socket_record};
-use crate::maps::{FLOWS, OWN, REFUSED, count};
+use crate::maps::{FLOWS, OWN, PRESENTED, REFUSED, count};
 use crate::{fast, workload};
 
 #[inline(always)]
@@ -83,7 +83,10 @@ fn note(ctx: &SockOpsContext, workload: u64, endpoint: NetEndpoint, kind: u32) {
         endpoint,
         kind,
     };
-    if FLOWS.insert(key, flow, u64::from(BPF_ANY)).is_err() {
+    if kind == flow_kind::INBOUND && workload::presented_late() {
+        // Always has room. Should the kernel have no memory, the application sees the agent's address.
+        let _ = PRESENTED.insert(key, flow, u64::from(BPF_ANY));
+    } else if FLOWS.insert(key, flow, u64::from(BPF_ANY)).is_err() {
         count(Counter::RefusedMapFull);
         // The connection cannot be stopped here; `sk_lookup` will reset it.
         let _ = REFUSED.insert(key, 0, u64::from(BPF_ANY));
@@ -155,7 +158,13 @@ fn state_changed(ctx: &SockOpsContext) {
         source: local(ctx),
         destination: remote(ctx),
     };
-    if from == BPF_TCP_SYN_SENT || record.kind != socket_kind::REDIRECTED {
+    if record.kind == socket_kind::PRESENTING && workload::presented_late() {
+        // The application may not have accepted it yet.
+        if let Some(flow) = PRESENTED.get_ptr_mut(key) {
+            // SAFETY: the kernel's pointer to the value, and one word.
+            unsafe { (*flow).closed_at = bpf_ktime_get_ns() };
+        }
+    } else if from == BPF_TCP_SYN_SENT || record.kind != socket_kind::REDIRECTED {
         let _ = FLOWS.remove(key);
         if from == BPF_TCP_SYN_SENT {
             let _ = REFUSED.remove(key);

@@ -14,8 +14,8 @@ use mesh_common::{Counter, ListenerKey, WorkloadEntry, listener_kind, workload_f
 use crate::context::{Addr, Verdict};
 use crate::maps::{LISTENERS, OWN, SETTINGS, WORKLOADS, count};
 
-/// 1 where the kernel has `bpf_set_retval` (5.18); else a refused call fails with EPERM. A constant for the
-/// verifier, which drops the call where it is 0.
+/// 1 where the kernel has `bpf_set_retval` (5.18); else a refused connection is led to where nobody listens, and a
+/// refused DNS query fails with EPERM. A constant for the verifier, which drops the call where it is 0.
 #[unsafe(no_mangle)]
 static CAN_SET_ERRNO: Global<u32> = Global::new(0);
 

@@ -6,8 +6,8 @@ use std::os::fd::AsRawFd as _;
 
 use mesh_agent::sock;
 
-use crate::inbound;
 use crate::world::{FAMILIES, OUT4, POD4, World, accept, at, connect, exchange};
+use crate::{inbound, odd};
 
 #[test]
 fn an_app_sees_its_client_when_it_asks() {
@@ -25,7 +25,7 @@ fn a_multipath_app_sees_its_client_when_it_asks() {
 }
 
 #[test]
-fn a_client_that_nobody_asks_for_is_forgotten_with_its_connection() {
+fn a_client_that_left_before_it_was_accepted_is_known_still() {
     let world = World::as_on_the_oldest_kernel();
     let agent = world.enrol(true);
     let namespace = agent.enrolment.namespace();
@@ -42,10 +42,38 @@ fn a_client_that_nobody_asks_for_is_forgotten_with_its_connection() {
             Some(at(OUT4[1], 4321)),
         ))
         .unwrap();
-    assert_eq!(world.entries("FLOWS"), 1);
+    assert_eq!((world.entries("FLOWS"), world.entries("PRESENTED")), (0, 1));
     drop(onward);
-    world.wait_for_entries("FLOWS", 0);
-    drop(app);
+    assert_eq!(accept(&app).1, at(OUT4[1], 4321));
+    assert_eq!(world.entries("PRESENTED"), 0);
+}
+
+#[test]
+fn a_client_that_nobody_asked_for_goes_with_its_workload() {
+    let world = World::as_on_the_oldest_kernel();
+    let agent = world.enrol(true);
+    let namespace = agent.enrolment.namespace();
+    let _app = world
+        .pod
+        .enter(|| TcpListener::bind(at("0.0.0.0", 8080)))
+        .unwrap()
+        .unwrap();
+    let _onward = world
+        .runtime
+        .block_on(sock::connect(
+            &*namespace,
+            at(POD4, 8080),
+            Some(at(OUT4[1], 4321)),
+        ))
+        .unwrap();
+    assert_eq!(world.entries("PRESENTED"), 1);
+    agent.enrolment.release().unwrap();
+    assert_eq!(world.entries("PRESENTED"), 0);
+}
+
+#[test]
+fn a_captured_multipath_socket_sees_its_peer() {
+    odd::a_captured_multipath_socket(&World::as_on_the_oldest_kernel());
 }
 
 #[test]

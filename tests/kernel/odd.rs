@@ -69,7 +69,10 @@ fn a_connect_deferred_by_fast_open_is_captured() {
 
 #[test]
 fn multipath_tcp_is_captured() {
-    let world = World::new();
+    a_captured_multipath_socket(&World::new());
+}
+
+pub(crate) fn a_captured_multipath_socket(world: &World) {
     let agent = world.enrol(true);
     let to = at(OUT4[0], 80);
     let mut app = world.pod.enter(|| multipath(to)).unwrap().unwrap();

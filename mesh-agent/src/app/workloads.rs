@@ -141,8 +141,7 @@ impl Workloads {
             }
         }
         if !self.settled && self.is_settled() {
-            self.settled = true;
-            self.forget_strangers();
+            self.settled = self.forget_strangers();
         }
         if moved || changed {
             self.publish();
@@ -340,17 +339,24 @@ impl Workloads {
         })
     }
 
-    /// Releases what an earlier agent captured and no document names.
-    fn forget_strangers(&self) {
+    /// Releases what an earlier agent captured and no document names; false if that is to be tried again.
+    fn forget_strangers(&self) -> bool {
         let known: Vec<_> = self
             .enrolled
             .values()
             .map(|enrolled| enrolled.enrolment.key())
             .collect();
         match self.parts.capture.forget_unknown(&known) {
-            Ok(gone) if gone.is_empty() => {}
-            Ok(gone) => tracing::info!(count = gone.len(), "released what an earlier agent had captured"),
-            Err(error) => tracing::error!(%error, "cannot release what an earlier agent had captured"),
+            Ok(gone) => {
+                if !gone.is_empty() {
+                    tracing::info!(count = gone.len(), "released what an earlier agent had captured");
+                }
+                true
+            }
+            Err(error) => {
+                tracing::error!(%error, "cannot release what an earlier agent had captured, and will try again");
+                false
+            }
         }
     }
 

@@ -20,7 +20,7 @@ use super::listeners::Listeners;
 use super::namespace::KernelNamespace;
 use super::netns::Netns;
 use super::place::{Place, PlaceIdentity, Site};
-use super::{CaptureError, Shared, programs};
+use super::{CaptureError, Shared, programs, uninstall};
 use crate::sock::Namespace;
 
 /// A workload to be captured.
@@ -159,7 +159,9 @@ impl Shared {
             .map_err(|source| CaptureError::Map {
                 map: maps::WORKLOADS,
                 source,
-            })
+            })?;
+        // Only now: until here its choice for when there is no agent held, by what the older agent left.
+        uninstall::release_from_other_layouts(&self.folders, site.key)
     }
 
     /// Removes whatever there is of a workload.
@@ -187,14 +189,11 @@ impl Shared {
                 reserved: 0,
             });
         }
-        let flows: Vec<_> = self
-            .maps
-            .flows
-            .keys()
-            .filter(|flow| flow.workload == key)
-            .collect();
-        for flow in flows {
-            let _ = self.maps.flows.remove(&flow);
+        for flows in [&self.maps.flows, &self.maps.presented] {
+            let own: Vec<_> = flows.keys().filter(|flow| flow.workload == key).collect();
+            for flow in own {
+                let _ = flows.remove(&flow);
+            }
         }
         Ok(())
     }

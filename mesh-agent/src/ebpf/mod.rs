@@ -157,12 +157,13 @@ impl Capture {
             .keys()
             .filter(|key| !known.contains(key))
             .collect();
-        for key in &gone {
-            self.shared.forget(*key)?;
+        let forgotten = gone.iter().try_for_each(|key| {
             fast::forget(&self.shared.maps, *key);
-        }
+            self.shared.forget(*key)
+        });
+        // Whatever came of that: an older layout left in place goes on refusing.
         uninstall::remove_other_layouts(&self.shared.folders)?;
-        Ok(gone)
+        forgotten.map(|()| gone)
     }
 
     /// What the kernel side counted, by metric label.

@@ -6,6 +6,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use aya::programs::{CgroupSockAddr, Program, ProgramError, ProgramFd, SkLookup, SockOps};
@@ -207,12 +208,17 @@ fn load_with(
     require_object()?;
     let can_set_errno = u32::from(features.set_errno);
     let netns_in_sockops = u32::from(features.netns_in_sockops);
+    let presented = match features.netns_in_sockops {
+        true => 1,
+        false => maps::MAX_PRESENTED,
+    };
     let tells_netns = u32::from(!features.netns_option);
     let mut loader = EbpfLoader::new();
     // The programs touch no kernel structures, so the kernel's own type information is not needed.
     loader
         .btf(None)
         .map_max_entries(maps::FLOWS, max_flows)
+        .map_max_entries(maps::PRESENTED, presented)
         .override_global("WORKLOAD", &serves.workload, true)
         .override_global("HOST", &serves.host, true)
         .override_global("CAN_SET_ERRNO", &can_set_errno, true)
@@ -264,7 +270,8 @@ fn program_fd<'a>(program: &'a Program, name: &'static str) -> Result<&'a Progra
     fd.map_err(|error| CaptureError::program(name, &error))
 }
 
-/// Puts `program` behind the link pinned at `pin`, making the link if it is not there or its target is gone.
+/// Puts `program` behind the link pinned at `pin`, making the link if it is not there, if its target is gone, or if
+/// it is another: a cgroup2 hierarchy may have been mounted as a part, and then whole.
 fn attach(
     program: BorrowedFd<'_>,
     target: BorrowedFd<'_>,
@@ -275,13 +282,29 @@ fn attach(
         name: pin.display().to_string(),
         source,
     };
-    match sys::open_pin(pin).and_then(|link| sys::update_link(link.as_fd(), program)) {
-        Ok(()) => return Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        // The namespace that it was attached to is gone.
-        Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => fs::remove_file(pin).map_err(failed)?,
+    let earlier = match sys::open_pin(pin) {
+        Ok(link) => Some(link),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
         Err(error) => return Err(failed(error)),
+    };
+    if let Some(link) = &earlier {
+        let info = sys::link_info(link.as_fd()).map_err(failed)?;
+        if info.is_of(inode(target).map_err(failed)?) {
+            return sys::update_link(link.as_fd(), program).map_err(failed);
+        }
     }
+    // The new one is there before the old one goes.
     let link = sys::create_link(program, target, attach_type).map_err(failed)?;
+    if let Some(earlier) = earlier {
+        fs::remove_file(pin).map_err(failed)?;
+        // Fails for a link whose target is gone, and then there is nothing to do.
+        let _ = sys::detach_link(earlier.as_fd());
+    }
     sys::pin(link.as_fd(), pin).map_err(failed)
+}
+
+/// By which the kernel tells cgroups and namespaces apart.
+fn inode(target: BorrowedFd<'_>) -> io::Result<u64> {
+    let file = File::from(target.try_clone_to_owned()?);
+    Ok(file.metadata()?.ino())
 }

@@ -74,6 +74,7 @@ impl Shared {
                 fill(maps::LISTENERS, &self.maps.listeners),
                 fill(maps::OWN, &self.maps.own),
                 fill(maps::FLOWS, &self.maps.flows),
+                fill(maps::PRESENTED, &self.maps.presented),
                 fill(maps::DNS_SERVERS, &self.maps.dns_servers),
                 fill(maps::FAST, &self.maps.fast),
                 fill(maps::FAST_TRAFFIC, &self.maps.fast_traffic),

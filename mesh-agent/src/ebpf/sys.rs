@@ -152,6 +152,24 @@ pub(super) struct LinkInfo {
     pub(super) id: u32,
     pub(super) program_id: u32,
     pad: u32,
+    /// A cgroup's id (8 bytes), or a namespace's inode (4 bytes) and something else.
+    target: [u32; 2],
+}
+
+impl LinkInfo {
+    /// `BPF_LINK_TYPE_CGROUP`, `BPF_LINK_TYPE_NETNS`
+    const CGROUP: u32 = 3;
+    const NETNS: u32 = 5;
+
+    /// Whether it is attached to the cgroup or namespace of this inode (a cgroup's is its id).
+    pub(super) fn is_of(&self, inode: u64) -> bool {
+        let [first, second] = self.target;
+        match self.kind {
+            Self::CGROUP => u64::from(first) | u64::from(second) << 32 == inode,
+            Self::NETNS => u64::from(first) == inode,
+            _ => false,
+        }
+    }
 }
 
 /// Opens the object pinned at `path`.

@@ -2,13 +2,15 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
+use mesh_common::WorkloadKey;
 use mesh_common::maps::{self, HEARTBEAT_LIMIT_NS};
 
 use super::bpffs::{self, Folders, entries, link_owner};
 use super::maps::Maps;
-use super::{CaptureError, clock, programs};
+use super::{CaptureError, clock, programs, sys};
 
 /// Removes every pin of an absent agent, and with them its programs, links and maps; returns what was there.
 ///
@@ -34,14 +36,50 @@ pub fn uninstall(bpffs: &Path) -> Result<Vec<PathBuf>, CaptureError> {
 /// when there is no agent holds.
 pub(super) fn remove_other_layouts(folders: &Folders) -> Result<(), CaptureError> {
     let mut removed = Vec::new();
-    for name in listed(&folders.root)?
-        .into_iter()
-        .filter(|name| is_layout(name) && name != maps::LAYOUT)
-    {
-        remove_layout(&folders.root.join(name), &mut removed)?;
+    for layout in other_layouts(folders)? {
+        remove_layout(&layout, &mut removed)?;
     }
     tell(&removed);
     Ok(())
+}
+
+/// Takes one workload, now captured by this agent, out of what agents of other layouts left: these would refuse its
+/// connections, and the agent's own beside it, for as long as another workload of theirs waits to be taken over.
+pub(super) fn release_from_other_layouts(
+    folders: &Folders,
+    workload: WorkloadKey,
+) -> Result<(), CaptureError> {
+    for layout in other_layouts(folders)? {
+        let path = layout.join("maps").join(maps::WORKLOADS);
+        let failed = |source| CaptureError::Pin {
+            path: path.clone(),
+            source,
+        };
+        match sys::open_pin(&path) {
+            // The keys are the same in all layouts.
+            Ok(map) if sys::map_info(map.as_fd()).map_err(failed)?.key_size == KEY_SIZE => {
+                sys::delete(map.as_fd(), &workload).map_err(failed)?;
+            }
+            Ok(_) => return Err(CaptureError::ForeignMap { path }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(failed(error)),
+        }
+        let links = layout.join("links");
+        let own = |name: &String| link_owner(name) == Some(workload);
+        for name in listed(&links)?.into_iter().filter(own) {
+            programs::detach(&links.join(name))?;
+        }
+    }
+    Ok(())
+}
+
+/// Of a [`WorkloadKey`].
+const KEY_SIZE: u32 = 8;
+
+fn other_layouts(folders: &Folders) -> Result<Vec<PathBuf>, CaptureError> {
+    let other = |name: &String| is_layout(name) && name != maps::LAYOUT;
+    let names = listed(&folders.root)?.into_iter().filter(other);
+    Ok(names.map(|name| folders.root.join(name)).collect())
 }
 
 /// Removes pins in the folder of this agent's layout that no part of it accounts for.

@@ -6,7 +6,7 @@
 use std::future::{Future as _, poll_fn};
 use std::net::{IpAddr, SocketAddr};
 use std::pin::pin;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Waker};
 use std::time::Duration;
@@ -39,9 +39,10 @@ use crate::tls::{self, Transport};
 const PING_EVERY: Duration = Duration::from_secs(10);
 const PING_ANSWER: Duration = Duration::from_secs(10);
 
-/// A stream that has moved so many bytes is heavy: what comes after goes over another connection, and does not wait
-/// behind it.
+/// A connection is heavy while one of its streams moves so many bytes within [`HEAVY_WINDOW`]: what comes meanwhile
+/// goes over another one, and does not wait behind them.
 pub(super) const HEAVY: u64 = 1 << 20;
+pub(super) const HEAVY_WINDOW: Duration = Duration::from_secs(1);
 
 /// Everything that tells one peer, seen by one client, from another.
 #[derive(Debug, PartialEq, Eq, Hash)]
@@ -89,8 +90,9 @@ pub(super) struct Connection {
     /// The peer is one of our own agents (ALPN `mesh-agent/1`) and takes requests as they are.
     native: bool,
     streams: AtomicUsize,
-    /// How many of them are heavy.
-    heavy: AtomicUsize,
+    born: Instant,
+    /// Until when it is heavy: milliseconds after `born`.
+    heavy_until: AtomicU64,
     idle_since: Mutex<Instant>,
 }
 
@@ -103,7 +105,9 @@ pub(super) struct StreamLease {
 /// What goes over a stream, or over one way of it.
 pub(super) struct Load {
     connection: Arc<Connection>,
+    /// Since the last time that it was [`HEAVY`], and when that was.
     bytes: u64,
+    since: Option<Instant>,
 }
 
 impl std::fmt::Debug for Load {
@@ -117,28 +121,26 @@ impl std::fmt::Debug for Load {
 
 impl Load {
     fn new(connection: Arc<Connection>) -> Self {
-        Self { connection, bytes: 0 }
+        Self {
+            connection,
+            bytes: 0,
+            since: None,
+        }
     }
 
     /// So many more bytes have gone over it.
     pub(super) fn add(&mut self, bytes: usize) {
-        let before = self.is_heavy();
         self.bytes += bytes as u64;
-        if self.is_heavy() && !before {
-            self.connection.heavy.fetch_add(1, Ordering::Relaxed);
+        if self.bytes < HEAVY {
+            return;
         }
-    }
-
-    fn is_heavy(&self) -> bool {
-        self.bytes >= HEAVY
-    }
-}
-
-impl Drop for Load {
-    fn drop(&mut self) {
-        if self.is_heavy() {
-            self.connection.heavy.fetch_sub(1, Ordering::Relaxed);
+        let now = Instant::now();
+        // How long the first of them took is not known: taken for heavy, which costs little if it was not.
+        if self.since.is_none_or(|since| now - since <= HEAVY_WINDOW) {
+            self.connection.set_heavy();
         }
+        self.bytes = 0;
+        self.since = Some(now);
     }
 }
 
@@ -197,7 +199,8 @@ impl Connection {
             native,
             // That of who made it.
             streams: AtomicUsize::new(1),
-            heavy: AtomicUsize::new(0),
+            born: Instant::now(),
+            heavy_until: AtomicU64::new(0),
             idle_since: Mutex::new(Instant::now()),
         })
     }
@@ -212,7 +215,14 @@ impl Connection {
 
     /// Something on it takes more than its share.
     pub(super) fn is_heavy(&self) -> bool {
-        self.heavy.load(Ordering::Relaxed) > 0
+        let until = self.heavy_until.load(Ordering::Relaxed);
+        until > 0 && self.born.elapsed() < Duration::from_millis(until)
+    }
+
+    fn set_heavy(&self) {
+        let until = (self.born.elapsed() + HEAVY_WINDOW).as_millis();
+        let until = u64::try_from(until).unwrap_or(u64::MAX);
+        self.heavy_until.store(until, Ordering::Relaxed);
     }
 
     /// Nothing has gone over it for so long.

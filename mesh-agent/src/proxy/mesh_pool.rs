@@ -61,7 +61,7 @@ impl MeshPool {
                 None => Arc::clone(peers.entry(key.key()).or_default()),
             }
         };
-        if let Some(lease) = peer.lease(Share::WithRoom) {
+        if let Some(lease) = peer.lease() {
             return Ok(lease);
         }
         let connector = Connector {
@@ -98,15 +98,6 @@ impl MeshPool {
     }
 }
 
-/// Which connection a stream may share.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Share {
-    /// One where it has not to wait for others.
-    WithRoom,
-    /// The best there is.
-    Any,
-}
-
 /// One more connection to a peer.
 struct Connector {
     tls: TlsParts,
@@ -123,9 +114,7 @@ impl Connector {
         let gate = Arc::clone(&self.peer.connecting).lock_owned();
         let gate = tokio::time::timeout(CONNECT_TIMEOUT, gate).await;
         let gate = gate.map_err(|cause| Error::new(Kind::Connect, cause))?;
-        let enough = lock(&self.peer.connections).len() >= CONNECTIONS_PER_PEER;
-        let share = if enough { Share::Any } else { Share::WithRoom };
-        if let Some(lease) = self.peer.lease(share) {
+        if let Some(lease) = self.peer.lease() {
             return Ok(lease);
         }
         if self.peer.failures.load(Ordering::Relaxed) != failures {
@@ -178,14 +167,16 @@ impl Connector {
 }
 
 impl Peer {
-    fn lease(&self, share: Share) -> Option<StreamLease> {
+    /// A place on a connection where nothing is in the way, or on the best one where there may be no more.
+    fn lease(&self) -> Option<StreamLease> {
         let mut connections = lock(&self.connections);
         connections.retain(|connection| !connection.is_closed());
+        let enough = connections.len() >= CONNECTIONS_PER_PEER;
         let connection = connections
             .iter()
             .min_by_key(|connection| (connection.is_heavy(), connection.streams()))?;
         let has_room = !connection.is_heavy() && connection.streams() < STREAMS_PER_CONNECTION;
-        (share == Share::Any || has_room).then(|| StreamLease::on(connection))
+        (enough || has_room).then(|| StreamLease::on(connection))
     }
 }
 
@@ -205,7 +196,7 @@ mod tests {
     use tokio::time::timeout;
     use tokio_rustls::TlsAcceptor;
 
-    use super::super::mesh_connection::HEAVY;
+    use super::super::mesh_connection::{HEAVY, HEAVY_WINDOW};
     use super::*;
     use crate::dns::{Client, Resolver};
     use crate::identity::Identities;
@@ -363,8 +354,14 @@ mod tests {
         assert!(!is_shared(&bulk, &other));
         let next = world.stream().await.unwrap();
         assert!(is_shared(&other, &next), "one connection for all that is light");
-        drop(bulk);
-        assert!(!small.connection().is_heavy());
+        tokio::time::pause();
+        tokio::time::advance(2 * HEAVY_WINDOW).await;
+        assert!(!bulk.connection().is_heavy(), "it is quiet now");
+        bulk.load().add(2 * half);
+        assert!(!bulk.connection().is_heavy(), "it took its time for that");
+        bulk.load().add(2 * half);
+        assert!(bulk.connection().is_heavy());
+        tokio::time::resume();
 
         // At the end of the connections that a peer may have, all is shared.
         let mut heavy = Vec::new();
