@@ -130,7 +130,7 @@ fn a_cgroup_made_anew_is_another_place() {
 }
 
 /// An agent at home in the pod's namespace: called from there.
-fn start(world: &World, cgroup: &Cgroup, hold: bool) -> (Capture, Agent) {
+pub(crate) fn start(world: &World, cgroup: &Cgroup, hold: bool) -> (Capture, Agent) {
     let capture = Capture::start(&CaptureOptions::new(world.run.bpffs().join("host"))).unwrap();
     let agent = enrol(&capture, cgroup, hold);
     (capture, agent)
@@ -148,12 +148,12 @@ fn enrol(capture: &Capture, cgroup: &Cgroup, hold: bool) -> Agent {
 }
 
 /// A cgroup of this test, removed when dropped.
-struct Cgroup {
+pub(crate) struct Cgroup {
     path: PathBuf,
 }
 
 impl Cgroup {
-    fn create(world: &World) -> Self {
+    pub(crate) fn create(world: &World) -> Self {
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
         let mount = mounts.lines().find(|line| line.contains(" cgroup2 ")).unwrap();
         let path = PathBuf::from(mount.split(' ').nth(1).unwrap()).join(world.run.name());

@@ -11,4 +11,5 @@ mod lacking;
 mod life;
 mod odd;
 mod outbound;
+mod verifier;
 mod world;
