@@ -11,5 +11,6 @@ mod lacking;
 mod life;
 mod odd;
 mod outbound;
+mod smoke;
 mod verifier;
 mod world;

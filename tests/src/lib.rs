@@ -27,4 +27,4 @@ pub use pod::{Pod, PodSpec, Response};
 pub use process::Process;
 pub use record::{lacks, record};
 pub use run::{Interrupt, Run};
-pub use wait::{until, until_ok};
+pub use wait::{patience, until, until_ok};

@@ -6,6 +6,7 @@ mod ci;
 mod demo;
 #[expect(dead_code, reason = "what only the agent's build script needs")]
 mod ebpf_toolchain;
+mod kernels;
 mod lint;
 mod prerequisites;
 mod setup;
@@ -38,6 +39,8 @@ enum Command {
     Lint,
     /// Run every test, those too that need root, the kernel and network peers.
     Test(test::Args),
+    /// Run the kernel tests on every kernel that we support, in QEMU, and show what each has and has not.
+    Kernels(kernels::Args),
     /// What `.ci/run` runs: lint, then test.
     Ci,
 }
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => bench::run(&args),
         Command::Lint => lint::run(),
         Command::Test(args) => test::run(&args),
+        Command::Kernels(args) => kernels::run(&args),
         Command::Ci => ci::run(),
     };
     match done {

@@ -45,6 +45,14 @@ const PEERS: [(&str, &str); 10] = [
 /// What the bench runs beside them.
 const BENCH: [(&str, &str); 3] = [("haproxy", "haproxy"), ("iperf3", "iperf3"), ("nft", "nftables")];
 
+/// What boots other kernels with a root file system of ours.
+const KERNELS: [(&str, &str); 4] = [
+    ("cpio", "cpio"),
+    ("qemu-system-aarch64", "qemu-system-arm"),
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("xz", "xz-utils"),
+];
+
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Only report what is there and what is missing; fails if something is.
@@ -63,10 +71,12 @@ pub(crate) enum Need {
     Peers,
     /// Proxies to compare with, and a generator of bulk traffic.
     Bench,
+    /// QEMU, and what makes a root file system.
+    Kernels,
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let all = [Need::Build, Need::Lint, Need::Peers, Need::Bench];
+    let all = [Need::Build, Need::Lint, Need::Peers, Need::Bench, Need::Kernels];
     let (found, plan) = examine(&all);
     for (what, place) in &found {
         eprintln!("    {what:<28} {}", place.display());
@@ -214,6 +224,7 @@ fn examine(needs: &[Need]) -> (Found, Plan) {
             Need::Lint => examine_lint(&mut found, &mut plan),
             Need::Peers => examine_programs(&PEERS, &mut found, &mut plan),
             Need::Bench => examine_programs(&BENCH, &mut found, &mut plan),
+            Need::Kernels => examine_programs(&KERNELS, &mut found, &mut plan),
         }
     }
     (found, plan)
