@@ -41,7 +41,7 @@ fn tcp(ctx: &Addr, key: u64, entry: &WorkloadEntry) -> Verdict {
     if is_local(&to.addr, entry) {
         if dials_listener(to.port, entry) {
             count(Counter::RefusedListener);
-            return workload::refuse();
+            return refuse(ctx, to.addr);
         }
         return pass(ctx, Counter::PassedLocal);
     }
@@ -54,7 +54,10 @@ fn tcp(ctx: &Addr, key: u64, entry: &WorkloadEntry) -> Verdict {
     }
     if !workload::alive(key) {
         ctx.forget_record();
-        return workload::without_agent(entry);
+        return match workload::without_agent(entry) {
+            Verdict::Refuse => refuse(ctx, own),
+            Verdict::Pass => Verdict::Pass,
+        };
     }
     if let Some(verdict) = fast::connect(ctx, key, &own, to) {
         return verdict;
@@ -76,6 +79,17 @@ fn tcp(ctx: &Addr, key: u64, entry: &WorkloadEntry) -> Verdict {
     };
     ctx.rewrite(&NetEndpoint::new(own, port));
     count(Counter::CapturedTcp);
+    Verdict::Pass
+}
+
+/// ECONNREFUSED for the application: where the kernel does not let us say so, from a port where nobody can listen.
+#[inline(always)]
+fn refuse(ctx: &Addr, own: NetAddr) -> Verdict {
+    if workload::can_set_errno() {
+        return workload::refuse();
+    }
+    ctx.forget_record();
+    ctx.rewrite(&NetEndpoint::new(own, NetPort::from_net(0)));
     Verdict::Pass
 }
 

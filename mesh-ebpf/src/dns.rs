@@ -78,7 +78,10 @@ fn capture(ctx: &Addr, key: u64, entry: &WorkloadEntry, server: &NetEndpoint, co
         if connected {
             ctx.forget_record();
         }
-        return workload::without_agent(entry);
+        return match workload::without_agent(entry) {
+            Verdict::Refuse => workload::refuse(),
+            Verdict::Pass => Verdict::Pass,
+        };
     }
     let Some(slot) = find_slot(key, server, entry) else {
         if connected {

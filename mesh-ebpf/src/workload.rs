@@ -117,19 +117,27 @@ pub(crate) trait Hold {
 /// The agent that does not answer for itself any more, answered for outgoing traffic.
 #[inline(always)]
 pub(crate) fn without_agent(workload: &WorkloadEntry) -> Verdict {
-    if workload.holds() {
-        count(Counter::HeldOutbound);
-        refuse()
+    let verdict = if workload.holds() {
+        Verdict::Refuse
     } else {
-        count(Counter::PassedOpenOutbound);
         Verdict::Pass
-    }
+    };
+    count(match verdict {
+        Verdict::Refuse => Counter::HeldOutbound,
+        Verdict::Pass => Counter::PassedOpenOutbound,
+    });
+    verdict
+}
+
+#[inline(always)]
+pub(crate) fn can_set_errno() -> bool {
+    CAN_SET_ERRNO.load() == 1
 }
 
 /// The system call fails, with ECONNREFUSED where the kernel lets us say so.
 #[inline(always)]
 pub(crate) fn refuse() -> Verdict {
-    if CAN_SET_ERRNO.load() == 1 {
+    if can_set_errno() {
         // SAFETY: takes a plain number.
         unsafe { bpf_set_retval(-ECONNREFUSED) };
     }

@@ -98,13 +98,20 @@ fn our_own_program_tells_the_cookie_that_the_kernel_would() {
 }
 
 #[test]
-fn a_held_connection_is_refused_with_the_error_there_is() {
+fn a_held_connection_is_refused_by_a_port_where_nobody_listens() {
     let world = World::as_on_the_oldest_kernel();
     let agent = world.enrol(true);
     agent.die(&world.capture);
     for (_, out) in FAMILIES {
         let error = world.pod.enter(|| connect(at(out, 80))).unwrap().unwrap_err();
-        assert_eq!(error.raw_os_error(), Some(libc::EPERM));
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
     }
     assert_eq!(world.counter("held_outbound"), 2);
+    let query = world
+        .pod
+        .enter(|| UdpSocket::bind(at("0.0.0.0", 0)))
+        .unwrap()
+        .unwrap();
+    let error = query.send_to(b"who", at(OUT4[2], 53)).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::EPERM));
 }

@@ -274,6 +274,46 @@ fn uninstall_leaves_nothing_but_spares_the_living() {
 }
 
 #[test]
+fn an_agent_of_another_layout_takes_over_without_a_gap() {
+    let world = World::new();
+    let folder = world.run.bpffs().join("agent");
+    let server = world
+        .outside
+        .enter(|| TcpListener::bind(at("::", 80)))
+        .unwrap()
+        .unwrap();
+    world.enrol(true).die(&world.capture);
+    // What is there becomes what an agent of another layout left.
+    fs::rename(folder.join("v2"), folder.join("v1")).unwrap();
+    let held = || {
+        for (pod, out) in FAMILIES {
+            let out = world.pod.enter(|| connect(at(out, 80))).unwrap().unwrap_err();
+            assert_eq!(out.kind(), io::ErrorKind::ConnectionRefused);
+            let inward = world.outside.enter(|| connect(at(pod, 80))).unwrap().unwrap_err();
+            assert_eq!(inward.kind(), io::ErrorKind::ConnectionRefused);
+        }
+    };
+    held();
+    let next = Capture::start(&CaptureOptions::new(&folder)).unwrap();
+    let _keeper = keeper(&next);
+    held();
+    let agent = enrol(&next, &world.pod, true);
+    assert!(next.forget_unknown(&[agent.enrolment.key()]).unwrap().is_empty());
+    assert!(!folder.join("v1").exists());
+    for (pod, out) in FAMILIES {
+        let mut client = world.pod.enter(|| connect(at(out, 80))).unwrap().unwrap();
+        let (mut agents, wanted) = agent.accept();
+        assert_eq!(wanted, Some(at(out, 80)));
+        exchange(&mut client, &mut agents);
+        let mut client = world.outside.enter(|| connect(at(pod, 80))).unwrap().unwrap();
+        let (mut agents, _, to) = agent.accept_inbound();
+        assert_eq!(to, at(pod, 80));
+        exchange(&mut client, &mut agents);
+    }
+    try_accept(&server, Duration::from_millis(1)).unwrap_err();
+}
+
+#[test]
 fn strays_under_our_folder_go_when_an_agent_starts() {
     let world = World::new();
     let folder = world.run.bpffs().join("agent");
@@ -283,7 +323,8 @@ fn strays_under_our_folder_go_when_an_agent_starts() {
     fs::rename(maps.join("COUNTERS"), old.join("COUNTERS")).unwrap();
     fs::rename(maps.join("REFUSED"), maps.join("UNKNOWN")).unwrap();
     let next = Capture::start(&CaptureOptions::new(&folder)).unwrap();
-    assert!(!folder.join("v0").exists());
     assert!(!maps.join("UNKNOWN").exists());
+    assert!(next.forget_unknown(&[]).unwrap().is_empty());
+    assert!(!folder.join("v0").exists());
     assert!(next.counters().unwrap().iter().all(|(_, count)| *count == 0));
 }

@@ -87,6 +87,15 @@ impl World {
         counters.iter().find(|(have, _)| *have == name).unwrap().1
     }
 
+    /// What a query that is not let through fails with.
+    pub(crate) fn refused_datagram(&self) -> i32 {
+        if self.capture.features().set_errno {
+            libc::ECONNREFUSED
+        } else {
+            libc::EPERM
+        }
+    }
+
     pub(crate) fn entries(&self, map: &str) -> usize {
         let state = self.capture.state();
         state.maps.iter().find(|state| state.name == map).unwrap().entries

@@ -79,7 +79,8 @@ impl Features {
                 name: "bpf_set_retval",
                 present: self.set_errno,
                 since: "5.18",
-                without: "connections that are refused without an agent fail with EPERM, not ECONNREFUSED",
+                without: "refused connections are led to a port where nobody listens; refused DNS queries fail \
+                          with EPERM, not ECONNREFUSED",
             },
         ]
     }

@@ -143,7 +143,8 @@ impl Capture {
         self.shared.enrol(request)
     }
 
-    /// Releases every workload that is not in `known`: those that vanished while no agent was there.
+    /// Releases every workload that is not in `known`: those that vanished while no agent was there; and takes what
+    /// agents of another version left off its hooks.
     pub fn forget_unknown(&self, known: &[WorkloadKey]) -> Result<Vec<WorkloadKey>, CaptureError> {
         let gone: Vec<_> = self
             .shared
@@ -156,6 +157,7 @@ impl Capture {
             self.shared.forget(*key)?;
             fast::forget(&self.shared.maps, *key);
         }
+        uninstall::remove_other_layouts(&self.shared.folders)?;
         Ok(gone)
     }
 

@@ -146,15 +146,25 @@ pub(super) fn attach_workload_cgroup(
 /// Detaches what a workload has of its own.
 pub(super) fn detach_workload(folders: &Folders, workload: WorkloadKey) -> Result<(), CaptureError> {
     for hook in HOOKS.iter().chain([&LOOKUP]) {
-        let path = folders.workload_link(workload, hook.name);
-        match fs::remove_file(&path) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                return Err(CaptureError::Pin { path, source });
-            }
-            _ => {}
-        }
+        detach(&folders.workload_link(workload, hook.name))?;
     }
     Ok(())
+}
+
+/// Ends a pinned link; false if there was none.
+pub(super) fn detach(pin: &Path) -> Result<bool, CaptureError> {
+    if let Ok(link) = sys::open_pin(pin) {
+        // Fails for a link whose target is gone, and then there is nothing to do.
+        let _ = sys::detach_link(link.as_fd());
+    }
+    match fs::remove_file(pin) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(source) => Err(CaptureError::Pin {
+            path: pin.to_owned(),
+            source,
+        }),
+    }
 }
 
 /// True for the pins that belong into the folder of links whatever the workloads are.

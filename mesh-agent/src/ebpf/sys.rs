@@ -25,6 +25,7 @@ enum Command {
     ObjGetInfo = 15,
     LinkCreate = 28,
     LinkUpdate = 29,
+    LinkDetach = 34,
 }
 
 /// `BPF_ANY`: create or replace.
@@ -143,6 +144,11 @@ pub(super) fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::
         old_program: 0,
     };
     bpf(Command::LinkUpdate, &mut attr).map(drop)
+}
+
+/// Takes a link's program off its hook at once. Without it that happens some time after the last pin is gone.
+pub(super) fn detach_link(link: BorrowedFd<'_>) -> io::Result<()> {
+    bpf(Command::LinkDetach, &mut raw(link)).map(drop)
 }
 
 pub(super) fn map_info(map: BorrowedFd<'_>) -> io::Result<MapInfo> {

@@ -27,9 +27,9 @@ pub fn uninstall(bpffs: &Path) -> Result<Vec<PathBuf>, CaptureError> {
     Ok(removed)
 }
 
-/// Removes pins under our folder that no part of this agent's layout accounts for, other layouts included.
-/// Called after the hooks were attached, so that traffic always meets one generation of programs or the other.
-pub(super) fn remove_strays(folders: &Folders, maps: &Maps) -> Result<(), CaptureError> {
+/// Removes what agents of other layouts left. Called when all workloads are enrolled: until then what these chose for
+/// when there is no agent holds.
+pub(super) fn remove_other_layouts(folders: &Folders) -> Result<(), CaptureError> {
     let mut removed = Vec::new();
     for name in listed(&folders.root)?
         .into_iter()
@@ -37,12 +37,19 @@ pub(super) fn remove_strays(folders: &Folders, maps: &Maps) -> Result<(), Captur
     {
         remove_layout(&folders.root.join(name), &mut removed)?;
     }
+    tell(&removed);
+    Ok(())
+}
+
+/// Removes pins in the folder of this agent's layout that no part of it accounts for.
+pub(super) fn remove_strays(folders: &Folders, maps: &Maps) -> Result<(), CaptureError> {
+    let mut removed = Vec::new();
     let known = |name: &str| {
         programs::is_hook(name)
             || link_owner(name).is_some_and(|key| maps.workloads.get(&key).is_ok_and(|e| e.is_some()))
     };
     for name in listed(&folders.links)?.into_iter().filter(|name| !known(name)) {
-        remove(folders.links.join(name), &mut removed)?;
+        detach(folders.links.join(name), &mut removed)?;
     }
     for name in listed(&folders.maps)?
         .into_iter()
@@ -50,10 +57,14 @@ pub(super) fn remove_strays(folders: &Folders, maps: &Maps) -> Result<(), Captur
     {
         remove(folders.maps.join(name), &mut removed)?;
     }
+    tell(&removed);
+    Ok(())
+}
+
+fn tell(removed: &[PathBuf]) {
     for path in removed {
         tracing::info!(path = %path.display(), "removed a stray pin");
     }
-    Ok(())
 }
 
 fn is_alive(maps: &Maps) -> bool {
@@ -75,10 +86,14 @@ fn is_layout(name: &str) -> bool {
 
 /// Links first: programs without maps would be worse than none.
 fn remove_layout(layout: &Path, removed: &mut Vec<PathBuf>) -> Result<(), CaptureError> {
-    for folder in [layout.join("links"), layout.join("maps")] {
-        for name in listed(&folder)? {
-            remove(folder.join(name), removed)?;
-        }
+    let (links, maps) = (layout.join("links"), layout.join("maps"));
+    for name in listed(&links)? {
+        detach(links.join(name), removed)?;
+    }
+    for name in listed(&maps)? {
+        remove(maps.join(name), removed)?;
+    }
+    for folder in [links, maps] {
         let _ = fs::remove_dir(folder);
     }
     let _ = fs::remove_dir(layout);
@@ -90,6 +105,13 @@ fn listed(folder: &Path) -> Result<Vec<String>, CaptureError> {
         path: folder.to_owned(),
         source,
     })
+}
+
+fn detach(link: PathBuf, removed: &mut Vec<PathBuf>) -> Result<(), CaptureError> {
+    if programs::detach(&link)? {
+        removed.push(link);
+    }
+    Ok(())
 }
 
 fn remove(path: PathBuf, removed: &mut Vec<PathBuf>) -> Result<(), CaptureError> {
