@@ -55,9 +55,8 @@ fn compile(
     target_dir: &Path,
     object: &Path,
 ) -> Result<(), Box<dyn Error>> {
-    let arch = env::var("CARGO_CFG_TARGET_ARCH")?;
     let built = toolchain
-        .command(Run::Build, workspace, target_dir, &arch)
+        .command(Run::Build, workspace, target_dir)
         .arg("--quiet")
         .output()?;
     let said = String::from_utf8_lossy(&built.stderr);

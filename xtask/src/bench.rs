@@ -25,15 +25,14 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         bail!("the bench cannot run here:\n  - {}", missing.join("\n  - "));
     }
     let built = build_ebpf::build(&mut Steps::default(), &["mesh-tests"])?;
-    let folder = built.agent.parent().context("the agent is in no folder")?;
-    let mut bench = Command::new(folder.join("bench"));
+    let mut bench = Command::new(built.program("bench")?);
     if !args.rest.iter().any(|option| option.starts_with("--output")) {
         bench.arg("--output").arg(default_output()?);
     }
     bench
         .args(&args.rest)
         .env("MESH_AGENT_BIN", &built.agent)
-        .env("MESH_PEER_BIN", folder.join("mesh-peer"));
+        .env("MESH_PEER_BIN", built.program("mesh-peer")?);
     eprintln!("==> bench");
     // In our place: Ctrl-C reaches the one process that cleans up, and the shell waits for it.
     Err(bench.exec()).context("cannot run the bench")

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use object::{Object, ObjectSection, ObjectSymbol, SectionKind, SymbolKind};
@@ -16,6 +17,16 @@ pub(crate) struct Built {
     pub(crate) agent: PathBuf,
     /// The object that the agent embeds.
     pub(crate) object: PathBuf,
+    /// All programs that were built, the agent too, by name.
+    programs: BTreeMap<String, PathBuf>,
+}
+
+impl Built {
+    pub(crate) fn program(&self, name: &str) -> Result<&Path> {
+        let path = self.programs.get(name);
+        path.map(PathBuf::as_path)
+            .with_context(|| format!("cargo names no executable of {name}"))
+    }
 }
 
 pub(crate) fn run() -> Result<()> {
@@ -30,8 +41,12 @@ pub(crate) fn run() -> Result<()> {
 ///
 /// Other packages that are wanted come with it: cargo builds what they share once instead of twice.
 pub(crate) fn build(steps: &mut Steps, also: &[&str]) -> Result<Built> {
-    let built = steps.run("build the agent", || {
-        let mut cargo = shell::cargo("build");
+    build_with(steps, "build the agent", shell::cargo("build"), also)
+}
+
+/// As [`build`], by a cargo that may be set up for another target.
+pub(crate) fn build_with(steps: &mut Steps, title: &str, mut cargo: Command, also: &[&str]) -> Result<Built> {
+    let built = steps.run(title, || {
         cargo.args(also.iter().flat_map(|package| ["--package", package]));
         cargo.args([
             "--release",
@@ -55,23 +70,27 @@ pub(crate) fn build(steps: &mut Steps, also: &[&str]) -> Result<Built> {
 
 /// Cargo tells in its messages where it put things; guessing from the target folder could find an old build.
 fn find_outputs(messages: &str) -> Result<Built> {
-    let (mut agent, mut object) = (None, None);
+    let (mut programs, mut object) = (BTreeMap::new(), None);
     for line in messages.lines() {
         let message: Value = serde_json::from_str(line).context("cargo's messages are not JSON")?;
         let package = message["package_id"].as_str().unwrap_or_default();
-        if !package.contains("/mesh-agent#") {
-            continue;
-        }
-        if let Some(out) = message["out_dir"].as_str() {
+        if let Some(out) = message["out_dir"].as_str()
+            && package.contains("/mesh-agent#")
+        {
             object = Some(Path::new(out).join("mesh-ebpf"));
         }
-        if let Some(file) = message["executable"].as_str() {
-            agent = Some(PathBuf::from(file));
+        if let (Some(name), Some(file)) = (message["target"]["name"].as_str(), message["executable"].as_str())
+        {
+            programs.insert(name.to_owned(), PathBuf::from(file));
         }
     }
     Ok(Built {
-        agent: agent.context("cargo names no executable of mesh-agent")?,
+        agent: programs
+            .get("mesh-agent")
+            .cloned()
+            .context("cargo names no executable of mesh-agent")?,
         object: object.context("cargo names no build script of mesh-agent")?,
+        programs,
     })
 }
 
@@ -120,19 +139,22 @@ mod tests {
     use super::find_outputs;
 
     #[test]
-    fn outputs_are_those_of_the_agent() {
-        let messages = concat!(
+    fn outputs_are_those_that_cargo_names() {
+        let messages = [
             r#"{"reason":"build-script-executed","package_id":"path+file:///x/other#0.1.0","out_dir":"/no"}"#,
-            "\n",
             r#"{"reason":"build-script-executed","package_id":"path+file:///x/mesh-agent#0.1.0","out_dir":"/o"}"#,
-            "\n",
-            r#"{"reason":"compiler-artifact","package_id":"path+file:///x/mesh-agent#0.1.0","executable":null}"#,
-            "\n",
-            r#"{"reason":"compiler-artifact","package_id":"path+file:///x/mesh-agent#0.1.0","executable":"/b/a"}"#,
-        );
-        let built = find_outputs(messages).unwrap();
+            r#"{"reason":"compiler-artifact","target":{"name":"mesh_agent"},"executable":null}"#,
+            r#"{"reason":"compiler-artifact","target":{"name":"mesh-agent"},"executable":"/b/a"}"#,
+            r#"{"reason":"compiler-artifact","target":{"name":"kernel"},"executable":"/b/deps/kernel-1"}"#,
+        ];
+        let built = find_outputs(&messages.join("\n")).unwrap();
         assert_eq!(built.object.to_str(), Some("/o/mesh-ebpf"));
         assert_eq!(built.agent.to_str(), Some("/b/a"));
+        assert_eq!(
+            built.program("kernel").unwrap().to_str(),
+            Some("/b/deps/kernel-1")
+        );
+        assert!(built.program("mesh_agent").is_err());
         assert!(find_outputs("").is_err());
     }
 }

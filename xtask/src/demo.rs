@@ -24,11 +24,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         bail!("the demo cannot run here:\n  - {}", missing.join("\n  - "));
     }
     let built = build_ebpf::build(&mut Steps::default(), &["mesh-tests"])?;
-    let folder = built.agent.parent().context("the agent is in no folder")?;
-    let mut demo = Command::new(folder.join("demo"));
+    let mut demo = Command::new(built.program("demo")?);
     demo.args(args.keep.then_some("--keep"))
         .env("MESH_AGENT_BIN", &built.agent)
-        .env("MESH_PEER_BIN", folder.join("mesh-peer"));
+        .env("MESH_PEER_BIN", built.program("mesh-peer")?);
     eprintln!("==> demo");
     // In our place: Ctrl-C reaches the one process that cleans up, and the shell waits for it.
     Err(demo.exec()).context("cannot run the demo")

@@ -13,7 +13,12 @@ use std::process::Command;
 pub(crate) const TARGET: &str = "bpfel-unknown-none";
 
 /// Debian's compiler. Always this path: a rustup proxy earlier in `PATH` has no `core` for the target.
-const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
+pub(crate) const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
+
+/// What `aya-ebpf` calls the architecture whose kernel loads the object. That decides how it declares saved CPU
+/// registers, which only tracing programs read, and C's `char`, and we have neither: the same for all, so that the
+/// object is one file for all.
+const KERNEL_ARCH: &str = "x86_64";
 
 /// What a rustup nightly must contain for `-Z build-std`.
 const CORE_SOURCE: &str = "lib/rustlib/src/rust/library/core/Cargo.toml";
@@ -68,9 +73,8 @@ impl Toolchain {
     }
 
     /// A cargo run for mesh-ebpf, complete but for options of the subcommand: `workspace` is the folder of
-    /// the workspace, `target_dir` must not be the one of a cargo that waits for us, and `arch` is the
-    /// architecture whose kernel will load the object.
-    pub(crate) fn command(&self, run: Run, workspace: &Path, target_dir: &Path, arch: &str) -> Command {
+    /// the workspace, and `target_dir` must not be the one of a cargo that waits for us.
+    pub(crate) fn command(&self, run: Run, workspace: &Path, target_dir: &Path) -> Command {
         let cargo = match &self.compiler.core {
             Core::Precompiled => env::var_os("CARGO").unwrap_or_else(|| "cargo".into()),
             Core::FromSource { cargo } => cargo.into(),
@@ -110,7 +114,7 @@ impl Toolchain {
             // BTF is made from the debug information.
             "-Clink-arg=--btf".to_owned(),
             "-Cdebuginfo=2".to_owned(),
-            format!("--cfg=bpf_target_arch=\"{arch}\""),
+            format!("--cfg=bpf_target_arch=\"{KERNEL_ARCH}\""),
         ];
         command
             .current_dir(workspace)
@@ -194,7 +198,7 @@ pub(crate) fn watched() -> Vec<PathBuf> {
 
 pub(crate) fn compiler() -> Option<Compiler> {
     let debian = PathBuf::from(DEBIAN_RUSTC);
-    if has_precompiled_core(&debian) {
+    if has_core(&debian, TARGET) {
         return Some(Compiler {
             rustc: debian,
             core: Core::Precompiled,
@@ -212,9 +216,10 @@ pub(crate) fn compiler() -> Option<Compiler> {
     })
 }
 
-fn has_precompiled_core(rustc: &Path) -> bool {
+/// Whether a compiler brings the `core` library of a target.
+pub(crate) fn has_core(rustc: &Path, target: &str) -> bool {
     let answer = Command::new(rustc)
-        .args(["--print", "target-libdir", "--target", TARGET])
+        .args(["--print", "target-libdir", "--target", target])
         .env_remove("LD_LIBRARY_PATH")
         .output();
     let Ok(answer) = answer else { return false };

@@ -3,6 +3,7 @@
 mod bench;
 mod build_ebpf;
 mod ci;
+mod cross;
 mod demo;
 #[expect(dead_code, reason = "what only the agent's build script needs")]
 mod ebpf_toolchain;

@@ -45,12 +45,7 @@ pub(crate) fn run_steps(steps: &mut Steps) -> Result<()> {
     steps.try_run("clippy for the bpf target", || {
         let toolchain = Toolchain::locate().map_err(|missing| anyhow::anyhow!("{missing}"))?;
         let target_dir = shell::target_dir().join("ebpf-lint");
-        let mut clippy = toolchain.command(
-            Run::Clippy,
-            shell::workspace(),
-            &target_dir,
-            std::env::consts::ARCH,
-        );
+        let mut clippy = toolchain.command(Run::Clippy, shell::workspace(), &target_dir);
         shell::run(clippy.args(["--", "--deny", "warnings"]))
     });
     steps.finish()

@@ -17,12 +17,13 @@ const POLICY_NO: &str =
 /// Services of packages that we install for their program alone: package and unit.
 const SERVICES: [(&str, &str); 2] = [("haproxy", "haproxy.service"), ("nginx-light", "nginx.service")];
 
-/// Installs the packages. Nothing that is installed is removed for them.
+/// Installs the packages, of other architectures too. Nothing that is installed is removed for them.
 pub(super) fn install(packages: &[&str]) -> Result<()> {
     if packages.is_empty() {
         return Ok(());
     }
     let wanted = packages.join(" ");
+    let foreign = foreign_architectures(packages);
     if shell::program("apt-get").is_none() {
         bail!(
             "there is no apt-get here to install {wanted}: install their programs by other means \
@@ -30,10 +31,17 @@ pub(super) fn install(packages: &[&str]) -> Result<()> {
         );
     }
     if !nix::unistd::geteuid().is_root() {
+        let adding: String = foreign
+            .iter()
+            .map(|arch| format!("sudo dpkg --add-architecture {arch} && "))
+            .collect();
         bail!(
             "installing packages needs root; run this first:\n    \
-             sudo apt-get update && sudo apt-get install --no-install-recommends {wanted}"
+             {adding}sudo apt-get update && sudo apt-get install --no-install-recommends {wanted}"
         );
+    }
+    for arch in &foreign {
+        shell::run(Command::new("dpkg").args(["--add-architecture", arch]))?;
     }
     let _policy = NoStart::new()?;
     shell::run(apt_get().arg("update").arg("--quiet"))?;
@@ -65,6 +73,26 @@ pub(super) fn is_installed(package: &str) -> bool {
     let mut query = Command::new("dpkg-query");
     query.args(["--show", "--showformat=${db:Status-Status}", package]);
     query.output().is_ok_and(|output| output.stdout == b"installed")
+}
+
+/// Architectures of which packages are wanted, such as `libstd-rust-web-dev:arm64`, and which dpkg does not know.
+fn foreign_architectures<'a>(packages: &[&'a str]) -> Vec<&'a str> {
+    let known = ["--print-architecture", "--print-foreign-architectures"].map(|question| {
+        let answer = Command::new("dpkg").arg(question).output();
+        answer.map_or_else(
+            |_| String::new(),
+            |answer| String::from_utf8_lossy(&answer.stdout).into_owned(),
+        )
+    });
+    let is_known = |arch: &str| known.iter().any(|known| known.lines().any(|line| line == arch));
+    let mut foreign: Vec<_> = packages
+        .iter()
+        .filter_map(|package| package.split_once(':'))
+        .map(|(_, arch)| arch)
+        .filter(|arch| !is_known(arch))
+        .collect();
+    foreign.dedup();
+    foreign
 }
 
 fn apt_get() -> Command {

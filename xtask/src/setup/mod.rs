@@ -12,6 +12,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
+use crate::cross::{self, Arch};
 use crate::ebpf_toolchain;
 use crate::shell;
 
@@ -71,15 +72,33 @@ pub(crate) enum Need {
     Peers,
     /// Proxies to compare with, and a generator of bulk traffic.
     Bench,
+    /// Compilers for an architecture that this machine is not.
+    Cross(Arch),
     /// QEMU, and what makes a root file system.
     Kernels,
 }
 
+/// What `cargo xtask setup` installs.
+const ALWAYS: [Need; 4] = [Need::Build, Need::Lint, Need::Peers, Need::Bench];
+
+/// What only the commands that need it install.
+fn on_demand() -> impl Iterator<Item = Need> {
+    Arch::ALL
+        .into_iter()
+        .filter(|arch| !arch.is_host())
+        .map(Need::Cross)
+        .chain([Need::Kernels])
+}
+
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let all = [Need::Build, Need::Lint, Need::Peers, Need::Bench, Need::Kernels];
-    let (found, plan) = examine(&all);
+    let (mut found, plan) = examine(&ALWAYS);
+    let (more, later) = examine(&on_demand().collect::<Vec<_>>());
+    found.extend(more);
     for (what, place) in &found {
         eprintln!("    {what:<28} {}", place.display());
+    }
+    if !later.is_empty() {
+        eprintln!("left to the commands that need it:\n{later}");
     }
     if plan.is_empty() {
         eprintln!("==> setup: everything is there");
@@ -88,7 +107,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if args.check {
         bail!("missing:\n{plan}\n`cargo xtask setup` installs it");
     }
-    ensure(&all)
+    ensure(&ALWAYS)
 }
 
 /// Installs what is missing of `needs`; says nothing if that is nothing.
@@ -225,6 +244,7 @@ fn examine(needs: &[Need]) -> (Found, Plan) {
             Need::Peers => examine_programs(&PEERS, &mut found, &mut plan),
             Need::Bench => examine_programs(&BENCH, &mut found, &mut plan),
             Need::Kernels => examine_programs(&KERNELS, &mut found, &mut plan),
+            Need::Cross(arch) => examine_cross(*arch, &mut found, &mut plan),
         }
     }
     (found, plan)
@@ -262,6 +282,33 @@ fn examine_lint(found: &mut Found, plan: &mut Plan) {
     match CARGO_DENY_TOOL.find() {
         Some(place) => found.push(("cargo-deny".to_owned(), place)),
         None => plan.tools.push(CARGO_DENY_TOOL),
+    }
+}
+
+fn examine_cross(arch: Arch, found: &mut Found, plan: &mut Plan) {
+    let [gcc, library, rust] = match arch {
+        Arch::X86_64 => [
+            "gcc-x86-64-linux-gnu",
+            "libc6-dev-amd64-cross",
+            "libstd-rust-web-dev:amd64",
+        ],
+        Arch::Arm64 => [
+            "gcc-aarch64-linux-gnu",
+            "libc6-dev-arm64-cross",
+            "libstd-rust-web-dev:arm64",
+        ],
+    };
+    let (compiler, libc) = cross::c_compiler(arch);
+    let parts = [("C compiler", compiler, gcc), ("C library", libc, library)];
+    for (what, place, package) in parts {
+        match place {
+            Some(place) => found.push((format!("{what} for {arch}"), place)),
+            None => plan.add(&[package]),
+        }
+    }
+    match cross::rustc(arch) {
+        Some(rustc) => found.push((format!("Rust compiler for {arch}"), rustc)),
+        None => plan.add(&["rustc-web", rust]),
     }
 }
 
