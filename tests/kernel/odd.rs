@@ -6,7 +6,9 @@ use std::os::fd::AsRawFd as _;
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::world::{OUT4, PATIENCE, POD4, World, accept, at, connect, exchange, ip, tcp_socket};
+use crate::world::{
+    OUT4, PATIENCE, POD4, World, accept, at, connect, exchange, ip, tcp_socket, without_multipath,
+};
 
 #[test]
 fn a_socket_bound_to_a_device_passes_and_is_counted() {
@@ -69,6 +71,9 @@ fn a_connect_deferred_by_fast_open_is_captured() {
 
 #[test]
 fn multipath_tcp_is_captured() {
+    if without_multipath() {
+        return;
+    }
     let world = World::new();
     let agent = world.enrol(true);
     let to = at(OUT4[0], 80);

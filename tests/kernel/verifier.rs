@@ -30,13 +30,16 @@ const LOG_STATISTICS: u32 = 4;
 fn every_program_leaves_room() {
     let world = World::new();
     let _pod = world.enrol(true);
+    let state = world.capture.state();
+    let about_all = json!({ "attached": state.links.len(), "features": state.features });
+    record("capture", about_all).unwrap();
     let cgroup = Cgroup::create(&world);
     world
         .pod
         .enter(|| {
             let (capture, _host) = crate::cgroup::start(&world, &cgroup, true);
             let mut figures = BTreeMap::<String, Figures>::new();
-            for state in [world.capture.state(), capture.state()] {
+            for state in [state, capture.state()] {
                 let mut pinned = BTreeMap::new();
                 for pin in fs::read_dir(state.bpffs.join(state.layout).join("maps")).unwrap() {
                     let pin = pin.unwrap();

@@ -25,6 +25,6 @@ pub use metrics::{Sample, Samples};
 pub use netns::Netns;
 pub use pod::{Pod, PodSpec, Response};
 pub use process::Process;
-pub use record::{lacks, record};
+pub use record::{off, record};
 pub use run::{Interrupt, Run};
 pub use wait::{patience, until, until_ok};

@@ -5,6 +5,7 @@
 use std::env;
 use std::fs::File;
 use std::io::{self, Write as _};
+use std::thread;
 
 use serde_json::Value;
 
@@ -24,7 +25,8 @@ pub fn record(about: &str, mut fields: Value) -> io::Result<()> {
     file.write_all(line.as_bytes())
 }
 
-/// Says that this kernel has no `what`, so that a test looked at what is done without it instead.
-pub fn lacks(what: &str) -> io::Result<()> {
-    record("lacks", serde_json::json!({ "what": what }))
+/// Says that this kernel has no `what`, so that the calling test could only look at what is there instead.
+pub fn off(what: &str) -> io::Result<()> {
+    let test = thread::current().name().map(str::to_owned);
+    record("off", serde_json::json!({ "what": what, "test": test }))
 }

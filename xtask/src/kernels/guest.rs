@@ -9,17 +9,20 @@
 
 use std::io::{BufRead as _, BufReader};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::rows::Arch;
+use crate::cross::Arch;
 
 /// A guest that says nothing for so long hangs: no test takes that long, and each says when it is done.
 const SILENCE: Duration = Duration::from_secs(180);
+/// What a program may take to end after its last word, and how often that is looked at.
+const CLOSING: Duration = Duration::from_secs(10);
+const POLL: Duration = Duration::from_millis(20);
 /// Lines that may wait to be read.
 const QUEUE: usize = 1024;
 /// Each agent takes some 40 MB, and the root file system lies in memory.
@@ -48,10 +51,7 @@ impl Guest<'_> {
             .with_context(|| format!("cannot run {}", command.get_program().to_string_lossy()))?;
         let lines = lines_of(&mut child)?;
         let outcome = read(&lines, self.limit, line);
-        // One that ended by itself is only waited for.
-        let _killed = child.kill();
-        let status = child.wait()?;
-        outcome?;
+        let status = end(&mut child, outcome)?;
         if !status.success() {
             bail!("QEMU ended with {status}");
         }
@@ -131,12 +131,23 @@ pub(super) fn run_here(
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
     let lines = lines_of(&mut child)?;
     let outcome = read(&lines, limit, line);
-    if outcome.is_err() {
-        child.kill()?;
+    Ok(end(&mut child, outcome)?.code())
+}
+
+/// Waits for a program that has closed its output, for a moment, and kills any other.
+fn end(child: &mut Child, outcome: Result<()>) -> Result<ExitStatus> {
+    let until = Instant::now() + CLOSING;
+    while outcome.is_ok() && Instant::now() < until {
+        if let Some(status) = child.try_wait()? {
+            return Ok(status);
+        }
+        thread::sleep(POLL);
     }
-    let status = child.wait()?;
+    // It may have ended just now.
+    let _killed = child.kill();
+    child.wait()?;
     outcome?;
-    Ok(status.code())
+    bail!("it closed its output and went on");
 }
 
 #[cfg(test)]

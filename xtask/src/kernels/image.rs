@@ -8,7 +8,8 @@ use anyhow::{Context, Result, bail};
 use object::{Object, ObjectSection};
 
 use super::debian::Archive;
-use super::rows::{Arch, Release};
+use super::rows::Release;
+use crate::cross::Arch;
 
 /// What a test's network is made of; Debian has it as modules, with what they need in turn.
 const MODULES: [&str; 2] = ["veth", "bridge"];

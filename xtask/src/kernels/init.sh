@@ -18,7 +18,7 @@ done
 ip link set lo up
 # As the unit and the DaemonSet have it: before 5.11 maps and programs count against it.
 ulimit -l unlimited
-say release "$(uname -r)"
+say booted "$(uname -rv)"
 
 timeout -s KILL "$DOCTOR_SECONDS" mesh-agent doctor -o json >/tmp/doctor 2>/dev/null
 while IFS= read -r line; do say doctor "$line"; done </tmp/doctor

@@ -27,15 +27,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 
-use crate::build_ebpf;
+use crate::build_ebpf::Built;
+use crate::cross::{self, Arch};
 use crate::ebpf_toolchain::tools_dir;
 use crate::prerequisites;
 use crate::setup::{self, Need};
-use crate::shell::{self, Steps};
+use crate::shell::Steps;
 use guest::Guest;
 use report::{News, Report};
 use rootfs::{Contents, Userland};
-use rows::{Arch, Kernel, Row};
+use rows::{Kernel, Row};
 use table::{Format, Outcome};
 
 /// What the tests of one guest may take, and its start and end besides.
@@ -111,15 +112,8 @@ struct Bench<'a> {
     /// What guests need of this machine, or why that is not there.
     guests: Result<()>,
     /// Per architecture, in the order of [`Arch::ALL`]: our programs, or why there are none.
-    programs: Vec<Result<Programs>>,
+    programs: Vec<Result<Built>>,
     userlands: Vec<Result<Userland>>,
-}
-
-/// What was built for an architecture.
-struct Programs {
-    agent: PathBuf,
-    peer: PathBuf,
-    tests: PathBuf,
 }
 
 impl<'a> Bench<'a> {
@@ -168,43 +162,10 @@ impl<'a> Bench<'a> {
     }
 }
 
-/// The agent, its peer and the kernel tests, as users and tests have them.
-fn build(steps: &mut Steps, arch: Arch) -> Result<Programs> {
-    if !arch.is_host() {
-        bail!("this machine does not build for {arch}");
-    }
+/// The agent, its peer and the kernel tests.
+fn build(steps: &mut Steps, arch: Arch) -> Result<Built> {
     setup::ensure(&[Need::Build])?;
-    let built = build_ebpf::build(steps, &["mesh-tests"])?;
-    let folder = built.agent.parent().context("the agent is in no folder")?;
-    let tests = steps.run("build the kernel tests", || {
-        let mut cargo = shell::cargo("test");
-        cargo.args([
-            "--package",
-            "mesh-tests",
-            "--test",
-            "kernel",
-            "--release",
-            "--no-run",
-        ]);
-        cargo.args(["--message-format", "json-render-diagnostics"]);
-        let messages = shell::output(&mut cargo)?;
-        messages
-            .lines()
-            .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
-            .find_map(|message| {
-                let is_it = message["target"]["name"] == "kernel";
-                message["executable"]
-                    .as_str()
-                    .filter(|_| is_it)
-                    .map(PathBuf::from)
-            })
-            .context("cargo names no executable of the kernel tests")
-    })?;
-    Ok(Programs {
-        peer: folder.join("mesh-peer"),
-        agent: built.agent,
-        tests,
-    })
+    cross::build(steps, arch, &["mesh-tests"], &["kernel"])
 }
 
 /// Runs the rows, some at a time, and returns the outcomes in their order.
@@ -267,9 +228,9 @@ fn in_guest(bench: &Bench<'_>, row: Row, report: &mut Report, teller: &mut Telle
         userland,
         image: &image,
         programs: &[
-            (programs.agent.clone(), "mesh-agent"),
-            (programs.peer.clone(), "mesh-peer"),
-            (programs.tests.clone(), "kernel-tests"),
+            (&programs.agent, "mesh-agent"),
+            (programs.program("mesh-peer")?, "mesh-peer"),
+            (programs.program("kernel")?, "kernel-tests"),
         ],
         settings: &settings(bench.filter),
     };
@@ -315,16 +276,17 @@ fn here(bench: &Bench<'_>, row: Row, report: &mut Report, teller: &mut Teller) -
         bail!("{}", missing.join("; "));
     }
     let programs = bench.of_arch(&bench.programs, row.arch)?;
-    let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
-    report.release = Some(release.trim().to_owned());
+    let kernel = |file: &str| fs::read_to_string(Path::new("/proc/sys/kernel").join(file));
+    let (release, version) = (kernel("osrelease")?, kernel("version")?);
+    report.kernel = Some(format!("{} {}", release.trim(), version.trim()));
     report.set_doctor(doctor(&programs.agent)?);
     let scratch = tempfile::tempdir()?;
     let record = scratch.path().join("record");
-    let mut tests = Command::new(&programs.tests);
+    let mut tests = Command::new(programs.program("kernel")?);
     tests
         .args(bench.filter)
         .env("MESH_AGENT_BIN", &programs.agent)
-        .env("MESH_PEER_BIN", &programs.peer)
+        .env("MESH_PEER_BIN", programs.program("mesh-peer")?)
         .env("MESH_TESTS_RECORD", &record);
     report.exit = guest::run_here(&mut tests, TESTS, |line| {
         let news = report.tests(line);
@@ -363,7 +325,7 @@ impl Teller {
 
     fn tell(&mut self, report: &Report, news: Option<News>) {
         match news {
-            Some(News::Booted(release)) => self.say(&format!("booted {release}")),
+            Some(News::Booted(kernel)) => self.say(&format!("booted {kernel}")),
             Some(News::Failed(test)) => self.say(&format!("FAILED {test}")),
             Some(News::Passed) if self.told.elapsed() > NEWS_EVERY => {
                 self.say(&format!("{} of {} tests passed", report.passed, report.total));

@@ -14,8 +14,8 @@ const MOST_OUTPUT: usize = 20_000;
 /// Everything that one run told so far.
 #[derive(Debug, Default)]
 pub(super) struct Report {
-    /// The kernel's full name.
-    pub(super) release: Option<String>,
+    /// The kernel's release and version, as `uname -rv` says them.
+    pub(super) kernel: Option<String>,
     /// Tests there are.
     pub(super) total: usize,
     pub(super) passed: usize,
@@ -53,8 +53,8 @@ impl Report {
         };
         let (what, rest) = told.split_once(' ').unwrap_or((told, ""));
         match what {
-            "release" => {
-                self.release = Some(rest.to_owned());
+            "booted" => {
+                self.kernel = Some(rest.to_owned());
                 return Some(News::Booted(rest.to_owned()));
             }
             "broken" => self.broken.push(rest.to_owned()),
@@ -111,19 +111,30 @@ impl Report {
         self.doctor = told;
     }
 
+    /// The kernel's version. Debian's releases are called after the first of their series, whichever follow.
+    pub(super) fn version(&self) -> Option<String> {
+        let kernel = self.kernel.as_deref()?;
+        let debian = kernel
+            .split_once(" Debian ")
+            .and_then(|(_, version)| version.split(' ').next());
+        let release = kernel.split([' ', '-', '+']).next();
+        debian.or(release).map(str::to_owned)
+    }
+
     /// Why this run is no pass, in one line.
     pub(super) fn problem(&self) -> Option<String> {
         if let Some(broken) = self.broken.first() {
             return Some(broken.clone());
         }
         let Some(exit) = self.exit else {
-            return Some(if self.release.is_none() {
+            return Some(if self.kernel.is_none() {
                 "the kernel did not come up".to_owned()
             } else {
                 "the tests did not end".to_owned()
             });
         };
         match self.counted {
+            _ if self.failed.len() == 1 => Some("one test failed".to_owned()),
             _ if !self.failed.is_empty() => Some(format!("{} tests failed", self.failed.len())),
             None => Some(format!(
                 "the tests ended with status {exit} before they were done"
@@ -168,7 +179,7 @@ fn count_before(line: &str, word: &str) -> usize {
 mod tests {
     use super::{News, Report};
 
-    const PASSED: &str = "@kernels release 6.1.0-56-cloud-amd64
+    const PASSED: &str = "@kernels booted 6.1.0-56-cloud-amd64 #1 SMP Debian 6.1.192-2 (2026-11-16)
 @kernels doctor {
 @kernels doctor   \"verdict\": \"ok\"}
 @kernels tests
@@ -182,7 +193,7 @@ test result: ok. 2 passed; 0 failed; 0 ignored; 0 measured; 3 filtered out; fini
 
 @kernels exit 0
 @kernels record {\"about\":\"verifier\",\"program\":\"p\",\"instructions\":7,\"stack\":8}
-[   12.3] @kernels record {\"about\":\"lacks\",\"what\":\"MPTCP\"}
+[   12.3] @kernels record {\"about\":\"off\",\"what\":\"MPTCP\"}
 @kernels end";
 
     fn read(text: &str) -> (Report, Vec<News>) {
@@ -196,10 +207,12 @@ test result: ok. 2 passed; 0 failed; 0 ignored; 0 measured; 3 filtered out; fini
         let (report, news) = read(PASSED);
         assert_eq!(report.problem(), None);
         assert_eq!((report.passed, report.total), (2, 2));
-        assert_eq!(news[0], News::Booted("6.1.0-56-cloud-amd64".to_owned()));
+        let kernel = "6.1.0-56-cloud-amd64 #1 SMP Debian 6.1.192-2 (2026-11-16)";
+        assert_eq!(news[0], News::Booted(kernel.to_owned()));
+        assert_eq!(report.version().unwrap(), "6.1.192-2");
         assert_eq!(news.len(), 3);
         assert_eq!(report.records("verifier").next().unwrap()["stack"], 8);
-        assert_eq!(report.records("lacks").count(), 1);
+        assert_eq!(report.records("off").count(), 1);
         assert_eq!(report.doctor().unwrap()["verdict"], "ok");
     }
 
@@ -220,7 +233,7 @@ test result: ok. 2 passed; 0 failed; 0 ignored; 0 measured; 3 filtered out; fini
             ("a::two ... ok", "a::two ... FAILED"),
             ("2 passed; 0 failed", "1 passed; 1 failed"),
             ("running 2 tests", "running 3 tests"),
-            ("{\"about\":\"lacks\"", "{\"about\":[  5.1] oops"),
+            ("{\"about\":\"off\"", "{\"about\":[  5.1] oops"),
             (
                 "@kernels doctor {",
                 "@kernels broken the kernel does not take veth",
@@ -246,7 +259,7 @@ test result: ok. 2 passed; 0 failed; 0 ignored; 0 measured; 3 filtered out; fini
         );
         let (report, news) = read(&failed.replace("exit 0", "exit 101"));
         assert!(news.contains(&News::Failed("a::two".to_owned())));
-        assert_eq!(report.problem().unwrap(), "1 tests failed");
+        assert_eq!(report.problem().unwrap(), "one test failed");
         assert!(report.evidence().contains("why"));
         let (hung, _) = read("one\ntwo");
         assert_eq!(hung.evidence(), "one\ntwo");

@@ -13,7 +13,7 @@ use object::{Endianness, FileKind};
 
 use super::debian::{self, Archive};
 use super::image::Image;
-use super::rows::Arch;
+use crate::cross::Arch;
 use crate::shell;
 
 const INIT: &str = include_str!("init.sh");
@@ -83,7 +83,7 @@ pub(super) struct Contents<'a> {
     pub(super) userland: &'a Userland,
     pub(super) image: &'a Image,
     /// Our own: a file, and its name in `/bin`.
-    pub(super) programs: &'a [(PathBuf, &'static str)],
+    pub(super) programs: &'a [(&'a Path, &'static str)],
     /// Lines of shell that `init.sh` reads first.
     pub(super) settings: &'a str,
 }
@@ -102,7 +102,7 @@ pub(super) fn write(contents: &Contents<'_>, scratch: &Path, file: &Path) -> Res
         programs.push((contents.userland.folder.join(from), scratch.join(to)));
     }
     for (from, name) in contents.programs {
-        programs.push((from.clone(), scratch.join("bin").join(name)));
+        programs.push((from.to_path_buf(), scratch.join("bin").join(name)));
     }
     let mut libraries = BTreeSet::new();
     for (from, to) in &programs {

@@ -5,48 +5,7 @@ use std::fmt;
 use anyhow::{Result, bail};
 use clap::ValueEnum;
 
-/// A machine's architecture.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Arch {
-    #[value(name = "x86_64")]
-    X86_64,
-    Arm64,
-}
-
-impl Arch {
-    pub(crate) const ALL: [Self; 2] = [Self::X86_64, Self::Arm64];
-
-    pub(crate) fn is_host(self) -> bool {
-        self.rust_name() == std::env::consts::ARCH
-    }
-
-    pub(crate) fn debian_name(self) -> &'static str {
-        match self {
-            Self::X86_64 => "amd64",
-            Self::Arm64 => "arm64",
-        }
-    }
-
-    pub(crate) fn gnu_tool(self, tool: &str) -> String {
-        format!("{}-linux-gnu-{tool}", self.rust_name())
-    }
-
-    fn rust_name(self) -> &'static str {
-        match self {
-            Self::X86_64 => "x86_64",
-            Self::Arm64 => "aarch64",
-        }
-    }
-}
-
-impl fmt::Display for Arch {
-    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        out.write_str(match self {
-            Self::X86_64 => "x86_64",
-            Self::Arm64 => "arm64",
-        })
-    }
-}
+use crate::cross::Arch;
 
 /// A version of Linux that Debian has for clouds.
 #[derive(Debug, PartialEq, Eq)]

@@ -1,9 +1,9 @@
 //! The one table: a column per kernel and architecture, and below it what is off and why.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
-use comfy_table::presets::{ASCII_MARKDOWN, UTF8_HORIZONTAL_ONLY};
+use comfy_table::presets::{ASCII_MARKDOWN, UTF8_BORDERS_ONLY};
 use comfy_table::{CellAlignment, Table};
 use serde_json::{Value, json};
 
@@ -40,7 +40,7 @@ pub(super) fn draw(outcomes: &[Outcome], format: Format) -> String {
     table.load_style(if markdown {
         ASCII_MARKDOWN
     } else {
-        UTF8_HORIZONTAL_ONLY
+        UTF8_BORDERS_ONLY
     });
     let header = outcomes.iter().map(|outcome| {
         let row = outcome.row;
@@ -76,11 +76,7 @@ fn lines(outcomes: &[Outcome]) -> Vec<Line> {
         (fact.to_owned(), outcomes.iter().map(cell).collect())
     };
     let mut lines = vec![
-        each("version", &|outcome| {
-            let release = outcome.report.release.as_deref()?;
-            // What follows the version says how Debian calls this build.
-            release.split(['-', '+']).next().map(str::to_owned)
-        }),
+        each("version", &|outcome| outcome.report.version()),
         each("programs loaded", &|outcome| {
             let count = outcome.report.records("verifier").count();
             (count > 0).then(|| count.to_string())
@@ -98,7 +94,17 @@ fn lines(outcomes: &[Outcome]) -> Vec<Line> {
     }
     lines.push(each("tests passed", &|outcome| {
         let report = &outcome.report;
-        (report.total > 0).then(|| format!("{} of {}", report.passed, report.total))
+        // A test that found nothing to test has passed nothing.
+        let off = report.records("off").count();
+        let (passed, total) = (
+            report.passed.saturating_sub(off),
+            report.total.saturating_sub(off),
+        );
+        (report.total > 0).then(|| format!("{passed} of {total}"))
+    }));
+    lines.push(each("tests off", &|outcome| {
+        let off = outcome.report.records("off").count();
+        (outcome.report.total > 0).then(|| off.to_string())
     }));
     for program in programs(outcomes) {
         lines.push(each(&format!("{program}, insns/stack"), &|outcome| {
@@ -134,22 +140,24 @@ fn notes(outcomes: &[Outcome]) -> Vec<String> {
             ));
         }
     }
-    let mut lacking = BTreeMap::<String, ()>::new();
-    for outcome in outcomes {
-        lacking.extend(
-            outcome
-                .report
-                .records("lacks")
-                .map(|record| (text(&record["what"]), ())),
-        );
-    }
-    for what in lacking.keys() {
-        let off = rows_where(outcomes, |report| {
-            report
-                .records("lacks")
-                .any(|record| record["what"] == what.as_str())
+    let off: BTreeSet<_> = outcomes
+        .iter()
+        .flat_map(|outcome| outcome.report.records("off"))
+        .map(|record| text(&record["what"]))
+        .collect();
+    for what in off {
+        let is_it = |record: &&Value| record["what"] == what.as_str();
+        let rows = rows_where(outcomes, |report| {
+            report.records("off").any(|record| is_it(&record))
         });
-        notes.push(format!("No {what} in the kernel on {off}."));
+        let most = outcomes
+            .iter()
+            .map(|outcome| outcome.report.records("off").filter(is_it).count())
+            .max();
+        notes.push(format!(
+            "Tests off for want of {what} in the kernel: {} on {rows}.",
+            most.unwrap_or_default()
+        ));
     }
     for outcome in outcomes {
         if let Some(problem) = &outcome.problem {
@@ -176,14 +184,14 @@ fn to_json(outcomes: &[Outcome]) -> Value {
             json!({
                 "kernel": outcome.row.kernel(),
                 "arch": outcome.row.arch.to_string(),
-                "release": report.release,
+                "version": report.version(),
                 "passed": outcome.problem.is_none(),
                 "problem": outcome.problem,
                 "tests": {"total": report.total, "passed": report.passed, "failed": report.failed},
                 "programs": report.records("verifier").collect::<Vec<_>>(),
                 "attached": capture(report).map(|capture| &capture["attached"]),
                 "features": features_of(report),
-                "lacks": report.records("lacks").map(|record| &record["what"]).collect::<Vec<_>>(),
+                "off": report.records("off").collect::<Vec<_>>(),
                 "doctor": report.doctor(),
                 "seconds": outcome.seconds,
             })
@@ -192,7 +200,7 @@ fn to_json(outcomes: &[Outcome]) -> Value {
     json!({ "rows": rows })
 }
 
-/// What an agent of the smoke test said of its kernel side.
+/// What an agent said of its kernel side.
 fn capture(report: &Report) -> Option<&Value> {
     report.records("capture").next()
 }
@@ -242,8 +250,9 @@ fn text(value: &Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::{Format, Outcome, draw};
+    use crate::cross::Arch;
     use crate::kernels::report::Report;
-    use crate::kernels::rows::{Arch, Kernel, wanted};
+    use crate::kernels::rows::{Kernel, wanted};
 
     fn outcome(kernel: Kernel, console: &str, problem: Option<&str>) -> Outcome {
         let mut report = Report::default();
@@ -266,15 +275,15 @@ mod tests {
         };
         let told = |release: &str, present: bool| {
             format!(
-                "@kernels release {release}\n@kernels tests\nrunning 2 tests\ntest a ... ok\ntest b ... ok\n\
+                "@kernels booted {release}\n@kernels tests\nrunning 2 tests\ntest a ... ok\ntest b ... ok\n\
                  @kernels record {{\"about\":\"verifier\",\"program\":\"p\",\"instructions\":7,\"stack\":8}}\n\
                  @kernels record {{\"about\":\"capture\",\"attached\":9,\"features\":[{}]}}",
                 feature(present)
             )
         };
         let old = format!(
-            "{}\n@kernels record {{\"about\":\"lacks\",\"what\":\"MPTCP\"}}",
-            told("5.10.0-46-x", false)
+            "{}\n@kernels record {{\"about\":\"off\",\"what\":\"MPTCP\",\"test\":\"a\"}}",
+            told("5.10.0-46-x #1 SMP Debian 5.10.262-1 (x)", false)
         );
         [
             outcome(Kernel::V5_10, &old, None),
@@ -296,11 +305,12 @@ mod tests {
             ["Linux", "5.10 x86_64", "6.1 x86_64", "6.12 x86_64"]
         );
         let line = |fact: &str| cells.iter().find(|line| line[1] == fact).unwrap()[2..5].to_vec();
-        assert_eq!(line("version"), ["5.10.0", "6.1.0", "-"]);
+        assert_eq!(line("version"), ["5.10.262-1", "6.1.0", "-"]);
         assert_eq!(line("programs loaded"), ["1", "1", "-"]);
         assert_eq!(line("programs attached"), ["9", "9", "-"]);
         assert_eq!(line("cookies"), ["no", "yes", "-"]);
-        assert_eq!(line("tests passed"), ["2 of 2", "2 of 2", "-"]);
+        assert_eq!(line("tests passed"), ["1 of 1", "2 of 2", "-"]);
+        assert_eq!(line("tests off"), ["1", "0", "-"]);
         assert_eq!(line("p, insns/stack"), ["7/8", "7/8", "-"]);
         assert_eq!(line("result"), ["passed", "passed", "FAILED"]);
         let notes: Vec<_> = drawn.lines().filter(|line| line.starts_with("* ")).collect();
@@ -308,7 +318,7 @@ mod tests {
             notes,
             [
                 "* No cookies (since Linux 5.14) on 5.10 x86_64: it asks another way.",
-                "* No MPTCP in the kernel on 5.10 x86_64.",
+                "* Tests off for want of MPTCP in the kernel: 1 on 5.10 x86_64.",
                 "* 6.12 x86_64 FAILED: the kernel did not come up.",
             ]
         );
@@ -320,7 +330,7 @@ mod tests {
         let rows = drawn["rows"].as_array().unwrap();
         assert_eq!(rows.len(), 3);
         assert_eq!(rows[0]["features"][0]["present"], false);
-        assert_eq!(rows[0]["lacks"][0], "MPTCP");
+        assert_eq!(rows[0]["off"][0]["what"], "MPTCP");
         assert_eq!(rows[1]["programs"][0]["stack"], 8);
         assert_eq!(rows[2]["passed"], false);
         assert_eq!(rows[2]["problem"], "the kernel did not come up");
