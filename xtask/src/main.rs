@@ -1,10 +1,14 @@
 //! The project's automation, run as `cargo xtask COMMAND`; one file per command.
 
+#[path = "../../mesh-agent/src/cli/args.rs"]
+#[expect(unreachable_pub, reason = "it is a module of a library, for others")]
+mod agent_args;
 mod bench;
 mod build_ebpf;
 mod ci;
 mod cross;
 mod demo;
+mod dist;
 #[expect(dead_code, reason = "what only the agent's build script needs")]
 mod ebpf_toolchain;
 mod kernels;
@@ -36,6 +40,8 @@ enum Command {
     /// The agent and other proxies side by side: speed, CPU and memory.
     #[command(disable_help_flag = true)]
     Bench(bench::Args),
+    /// Pack what users download: the agent and what belongs to it, for each architecture, with checksums.
+    Dist(dist::Args),
     /// Check format, clippy for host and bpf target, dependencies, layers and budgets.
     Lint,
     /// Run every test, those too that need root, the kernel and network peers.
@@ -52,6 +58,7 @@ fn main() -> ExitCode {
         Command::BuildEbpf => build_ebpf::run(),
         Command::Demo(args) => demo::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Dist(args) => dist::run(&args),
         Command::Lint => lint::run(),
         Command::Test(args) => test::run(&args),
         Command::Kernels(args) => kernels::run(&args),

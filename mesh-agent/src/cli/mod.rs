@@ -4,6 +4,7 @@
 //! be piped; text from an agent cannot steer the terminal.
 
 mod age;
+pub mod args;
 mod client;
 mod get;
 mod status;
@@ -13,110 +14,17 @@ mod tests;
 pub mod validate;
 
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::SystemTime;
 
 use anyhow::Context;
-use clap::{Args, Parser, Subcommand, ValueEnum};
 
+pub use self::args::{Cli, Command};
+use self::args::{Format, Kind, Output};
 use self::client::Client;
-use self::validate::ValidateArgs;
 use crate::admin::api;
 use crate::ebpf;
-
-const EXAMPLES: &str = "\
-Examples:
-  mesh-agent run --config agent.yaml          run the agent
-  mesh-agent validate resources/              check documents without an agent
-  mesh-agent status                           how the agent of this node is
-  mesh-agent get services -n shop -o wide     what it knows
-  mesh-agent get routes reviews -o yaml
-  mesh-agent uninstall                        remove what an agent that is gone left in the kernel";
-
-/// The node agent of a service mesh: eBPF capture, one shared L7 proxy.
-#[derive(Debug, Parser)]
-#[command(name = "mesh-agent", version, about, after_help = EXAMPLES, arg_required_else_help = true)]
-pub struct Cli {
-    #[command(subcommand)]
-    pub command: Command,
-}
-
-#[derive(Debug, Subcommand)]
-pub enum Command {
-    /// Run the agent until SIGTERM or SIGINT.
-    Run {
-        /// The agent's configuration; every field has a default.
-        #[arg(long, value_name = "FILE")]
-        config: Option<PathBuf>,
-    },
-    /// Check resources, and an agent configuration, without an agent.
-    Validate(ValidateArgs),
-    /// Show how a running agent is.
-    Status {
-        #[command(flatten)]
-        output: Output,
-    },
-    /// List what a running agent knows.
-    Get {
-        kind: Kind,
-        /// Only this one.
-        name: Option<String>,
-        /// Only in this namespace; all of them without it.
-        #[arg(short, long)]
-        namespace: Option<String>,
-        #[command(flatten)]
-        output: Output,
-    },
-    /// Remove every program, map and link that an agent that is gone left in the kernel.
-    Uninstall {
-        /// The folder of its pins, as in its configuration.
-        #[arg(long, value_name = "PATH", default_value = "/sys/fs/bpf/mesh-agent")]
-        bpffs: PathBuf,
-    },
-}
-
-#[derive(Debug, Args)]
-pub struct Output {
-    /// How to show it.
-    #[arg(short, long, value_enum, default_value = "table")]
-    output: Format,
-    /// The agent's admin address.
-    #[arg(
-        long,
-        value_name = "HOST:PORT",
-        env = "MESH_AGENT_ADMIN",
-        default_value = "127.0.0.1:15000"
-    )]
-    admin: String,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Format {
-    Table,
-    /// With more columns.
-    Wide,
-    Json,
-    Yaml,
-}
-
-/// What can be listed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Kind {
-    #[value(alias = "workload", alias = "wl")]
-    Workloads,
-    #[value(alias = "service", alias = "svc")]
-    Services,
-    #[value(alias = "route")]
-    Routes,
-    #[value(alias = "policy")]
-    Policies,
-    #[value(alias = "certificate", alias = "certs")]
-    Certificates,
-    #[value(alias = "connection", alias = "conns")]
-    Connections,
-    Ebpf,
-}
 
 /// Runs any command but `run`, which is not a user's question.
 pub fn execute(command: Command) -> anyhow::Result<ExitCode> {
@@ -139,6 +47,7 @@ pub fn execute(command: Command) -> anyhow::Result<ExitCode> {
             get::run(&wanted, &output, &mut stdout)?;
         }
         Command::Uninstall { bpffs } => uninstall(&bpffs, &mut stdout)?,
+        Command::Completions { shell } => stdout.write_all(&args::completions(shell))?,
     }
     Ok(ExitCode::SUCCESS)
 }

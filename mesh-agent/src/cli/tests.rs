@@ -2,6 +2,7 @@ use std::collections::BTreeMap;
 use std::time::SystemTime;
 
 use clap::{CommandFactory, Parser};
+use clap_complete::Shell;
 
 use super::*;
 use crate::admin::api::*;
@@ -58,6 +59,47 @@ fn the_command_line_is_sound() {
         (Format::Wide, "127.0.0.1:15000")
     );
     Cli::try_parse_from(["mesh-agent", "get", "secrets"]).unwrap_err();
+}
+
+#[test]
+fn shells_complete_every_command() {
+    for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
+        let script = String::from_utf8(args::completions(shell)).unwrap();
+        for command in Cli::command().get_subcommands() {
+            assert!(
+                script.contains(command.get_name()),
+                "{shell}: {}",
+                command.get_name()
+            );
+        }
+    }
+}
+
+/// What bash offers for the last of the words, by the script that users load.
+fn offered(words: &[&str]) -> String {
+    let script = args::completions(Shell::Bash);
+    let asking = format!(
+        "\nCOMP_WORDS=({}); COMP_CWORD={}\n\
+         complete=$(complete -p mesh-agent); complete=${{complete##*-F }}; complete=${{complete%% *}}\n\
+         $complete mesh-agent \"${{COMP_WORDS[-1]}}\" \"${{COMP_WORDS[-2]}}\"; echo \"${{COMPREPLY[*]}}\"",
+        words.join(" "),
+        words.len() - 1,
+    );
+    let asked = std::process::Command::new("bash")
+        .args(["--norc", "-c"])
+        .arg(String::from_utf8(script).unwrap() + &asking)
+        .output()
+        .unwrap();
+    assert!(asked.stderr.is_empty(), "{asked:?}");
+    String::from_utf8(asked.stdout).unwrap().trim_end().to_owned()
+}
+
+#[test]
+fn bash_completes_commands_kinds_and_options() {
+    assert_eq!(offered(&["mesh-agent", "unin"]), "uninstall");
+    assert_eq!(offered(&["mesh-agent", "get", "ser"]), "services");
+    assert_eq!(offered(&["mesh-agent", "get", "services", "--out"]), "--output");
+    assert_eq!(offered(&["mesh-agent", "status", "-o", "y"]), "yaml");
 }
 
 #[test]

@@ -1,37 +1,13 @@
 //! `mesh-agent validate`: resources and agent configurations checked as the agent would.
 
 use std::io::{self, Write};
-use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, ValueEnum};
 use serde_json::json;
 
+use super::args::{Report, ValidateArgs};
 use crate::config::{AgentConfig, Checked, validate};
 use crate::model::{Rejected, Severity};
-
-/// Check resources, and an agent configuration, without an agent.
-#[derive(Debug, Args)]
-pub struct ValidateArgs {
-    /// Files and folders of resources.
-    #[arg(required_unless_present = "config", value_name = "FILE")]
-    pub files: Vec<PathBuf>,
-    /// An agent configuration; without FILEs the resources that it names are checked too.
-    #[arg(long, value_name = "FILE")]
-    pub config: Option<PathBuf>,
-    /// Warnings are errors.
-    #[arg(long)]
-    pub strict: bool,
-    #[arg(short, long, value_enum, default_value_t)]
-    pub output: Output,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum Output {
-    #[default]
-    Text,
-    Json,
-}
 
 /// Prints what it finds; fails on any error.
 pub fn run(args: &ValidateArgs, out: &mut impl Write) -> io::Result<ExitCode> {
@@ -39,8 +15,8 @@ pub fn run(args: &ValidateArgs, out: &mut impl Write) -> io::Result<ExitCode> {
         Ok(config) => config,
         Err(invalid) => {
             match args.output {
-                Output::Text => writeln!(out, "{invalid}")?,
-                Output::Json => writeln!(
+                Report::Text => writeln!(out, "{invalid}")?,
+                Report::Json => writeln!(
                     out,
                     "{}",
                     json!({ "errors": invalid.findings.len(), "config": invalid.findings })
@@ -56,8 +32,8 @@ pub fn run(args: &ValidateArgs, out: &mut impl Write) -> io::Result<ExitCode> {
     };
     let checked = validate(files, config.settings());
     match args.output {
-        Output::Text => print_text(&checked, out)?,
-        Output::Json => print_json(&checked, out)?,
+        Report::Text => print_text(&checked, out)?,
+        Report::Json => print_json(&checked, out)?,
     }
     let errors = checked.count(Severity::Error);
     let warnings = checked.count(Severity::Warning);

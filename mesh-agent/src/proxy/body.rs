@@ -154,7 +154,7 @@ pub(super) enum Held {
     Place(#[expect(dead_code, reason = "held for its Drop")] Place),
     /// A stream's place on a pooled mTLS connection, and the sending of its request.
     Mesh(
-        #[expect(dead_code, reason = "held for its Drop")] StreamLease,
+        StreamLease,
         #[expect(dead_code, reason = "held for its Drop")] Option<Sending>,
     ),
 }
@@ -273,6 +273,11 @@ impl http_body::Body for Body {
             (Some(Ok(frame)), Watch::Response(tail)) => tail.passed(frame),
             (Some(Err(_)), Watch::Response(tail)) => tail.broke(),
             _ => {}
+        }
+        if let (Some(Ok(frame)), Held::Mesh(lease, _)) = (&frame, &mut self.held)
+            && let Some(data) = frame.data_ref()
+        {
+            lease.load().add(data.len());
         }
         let last = match &frame {
             None => true,

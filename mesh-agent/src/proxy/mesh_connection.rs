@@ -39,6 +39,10 @@ use crate::tls::{self, Transport};
 const PING_EVERY: Duration = Duration::from_secs(10);
 const PING_ANSWER: Duration = Duration::from_secs(10);
 
+/// A stream that has moved so many bytes is heavy: what comes after goes over another connection, and does not wait
+/// behind it.
+pub(super) const HEAVY: u64 = 1 << 20;
+
 /// Everything that tells one peer, seen by one client, from another.
 #[derive(Debug, PartialEq, Eq, Hash)]
 pub(super) struct PeerKey {
@@ -85,17 +89,56 @@ pub(super) struct Connection {
     /// The peer is one of our own agents (ALPN `mesh-agent/1`) and takes requests as they are.
     native: bool,
     streams: AtomicUsize,
+    /// How many of them are heavy.
+    heavy: AtomicUsize,
     idle_since: Mutex<Instant>,
 }
 
 /// One stream's place on a connection.
-pub(super) struct StreamLease(Arc<Connection>);
+#[derive(Debug)]
+pub(super) struct StreamLease {
+    load: Load,
+}
 
-impl std::fmt::Debug for StreamLease {
+/// What goes over a stream, or over one way of it.
+pub(super) struct Load {
+    connection: Arc<Connection>,
+    bytes: u64,
+}
+
+impl std::fmt::Debug for Load {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("StreamLease")
-            .field("native", &self.0.native)
+        f.debug_struct("Load")
+            .field("native", &self.connection.native)
+            .field("bytes", &self.bytes)
             .finish_non_exhaustive()
+    }
+}
+
+impl Load {
+    fn new(connection: Arc<Connection>) -> Self {
+        Self { connection, bytes: 0 }
+    }
+
+    /// So many more bytes have gone over it.
+    pub(super) fn add(&mut self, bytes: usize) {
+        let before = self.is_heavy();
+        self.bytes += bytes as u64;
+        if self.is_heavy() && !before {
+            self.connection.heavy.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn is_heavy(&self) -> bool {
+        self.bytes >= HEAVY
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        if self.is_heavy() {
+            self.connection.heavy.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 }
 
@@ -154,6 +197,7 @@ impl Connection {
             native,
             // That of who made it.
             streams: AtomicUsize::new(1),
+            heavy: AtomicUsize::new(0),
             idle_since: Mutex::new(Instant::now()),
         })
     }
@@ -166,6 +210,11 @@ impl Connection {
         self.streams.load(Ordering::Relaxed)
     }
 
+    /// Something on it takes more than its share.
+    pub(super) fn is_heavy(&self) -> bool {
+        self.heavy.load(Ordering::Relaxed) > 0
+    }
+
     /// Nothing has gone over it for so long.
     pub(super) fn is_idle(&self, now: Instant, idle: Duration) -> bool {
         self.streams() == 0 && now.duration_since(*lock(&self.idle_since)) > idle
@@ -175,22 +224,30 @@ impl Connection {
 impl StreamLease {
     /// The first one, which a new connection is made for.
     pub(super) fn first(connection: Connection) -> Self {
-        Self(Arc::new(connection))
+        Self {
+            load: Load::new(Arc::new(connection)),
+        }
     }
 
     /// One more.
     pub(super) fn on(connection: &Arc<Connection>) -> Self {
         connection.streams.fetch_add(1, Ordering::Relaxed);
-        Self(Arc::clone(connection))
+        Self {
+            load: Load::new(Arc::clone(connection)),
+        }
     }
 
     pub(super) fn connection(&self) -> &Arc<Connection> {
-        &self.0
+        &self.load.connection
+    }
+
+    pub(super) fn load(&mut self) -> &mut Load {
+        &mut self.load
     }
 
     /// Whether the peer takes requests as they are; otherwise only CONNECT.
     pub(super) fn native(&self) -> bool {
-        self.0.native
+        self.connection().native
     }
 
     /// Sends a request; gives it back when it was certainly not sent.
@@ -207,7 +264,8 @@ impl StreamLease {
         let ended = body.is_end_stream();
         let sent = sender.send_request(head, ended);
         let (response, stream) = sent.map_err(|error| (failure::of_h2(error), None))?;
-        let sending = (!ended).then(|| Sending::start(body, stream)).flatten();
+        let load = || Load::new(Arc::clone(self.connection()));
+        let sending = (!ended).then(|| Sending::start(body, stream, load())).flatten();
         let response = response.await.map_err(|error| (failure::of_h2(error), None))?;
         let (head, stream) = response.into_parts();
         let body = Body::receiving(Receiving::new(&head.headers, stream));
@@ -226,12 +284,12 @@ impl StreamLease {
     }
 
     async fn ready(&self) -> Result<SendRequest<Bytes>, Error> {
-        let mut sender = self.0.sender.clone();
+        let mut sender = self.connection().sender.clone();
         match poll_fn(|cx| sender.poll_ready(cx)).await {
             Ok(()) => Ok(sender),
             Err(error) => {
                 // It has ended, or its peer takes no more streams: nobody is to be sent here again.
-                self.0.closed.store(true, Ordering::Relaxed);
+                self.connection().closed.store(true, Ordering::Relaxed);
                 Err(failure::of_h2(error))
             }
         }
@@ -244,8 +302,8 @@ pub(super) struct Sending(JoinHandle<()>);
 
 impl Sending {
     /// `None` when all could be sent at once.
-    fn start(body: Body, stream: SendStream<Bytes>) -> Option<Self> {
-        let mut sending = Box::pin(mesh_stream::send(body, stream, Reason::CANCEL));
+    fn start(body: Body, stream: SendStream<Bytes>, load: Load) -> Option<Self> {
+        let mut sending = Box::pin(mesh_stream::send(body, stream, Reason::CANCEL, Some(load)));
         // A task of its own only for what has to wait; its first poll there asks to be woken.
         let first = sending.as_mut().poll(&mut Context::from_waker(Waker::noop()));
         first.is_pending().then(|| Self(tokio::spawn(sending)))
@@ -260,8 +318,9 @@ impl Drop for Sending {
 
 impl Drop for StreamLease {
     fn drop(&mut self) {
-        if self.0.streams.fetch_sub(1, Ordering::Relaxed) == 1 {
-            *lock(&self.0.idle_since) = Instant::now();
+        let connection = self.connection();
+        if connection.streams.fetch_sub(1, Ordering::Relaxed) == 1 {
+            *lock(&connection.idle_since) = Instant::now();
         }
     }
 }

@@ -61,7 +61,7 @@ impl MeshPool {
                 None => Arc::clone(peers.entry(key.key()).or_default()),
             }
         };
-        if let Some(lease) = peer.lease(STREAMS_PER_CONNECTION) {
+        if let Some(lease) = peer.lease(Share::WithRoom) {
             return Ok(lease);
         }
         let connector = Connector {
@@ -98,6 +98,15 @@ impl MeshPool {
     }
 }
 
+/// Which connection a stream may share.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Share {
+    /// One where it has not to wait for others.
+    WithRoom,
+    /// The best there is.
+    Any,
+}
+
 /// One more connection to a peer.
 struct Connector {
     tls: TlsParts,
@@ -115,12 +124,8 @@ impl Connector {
         let gate = tokio::time::timeout(CONNECT_TIMEOUT, gate).await;
         let gate = gate.map_err(|cause| Error::new(Kind::Connect, cause))?;
         let enough = lock(&self.peer.connections).len() >= CONNECTIONS_PER_PEER;
-        let limit = if enough {
-            usize::MAX
-        } else {
-            STREAMS_PER_CONNECTION
-        };
-        if let Some(lease) = self.peer.lease(limit) {
+        let share = if enough { Share::Any } else { Share::WithRoom };
+        if let Some(lease) = self.peer.lease(share) {
             return Ok(lease);
         }
         if self.peer.failures.load(Ordering::Relaxed) != failures {
@@ -173,11 +178,14 @@ impl Connector {
 }
 
 impl Peer {
-    fn lease(&self, limit: usize) -> Option<StreamLease> {
+    fn lease(&self, share: Share) -> Option<StreamLease> {
         let mut connections = lock(&self.connections);
         connections.retain(|connection| !connection.is_closed());
-        let connection = connections.iter().min_by_key(|connection| connection.streams())?;
-        (connection.streams() < limit).then(|| StreamLease::on(connection))
+        let connection = connections
+            .iter()
+            .min_by_key(|connection| (connection.is_heavy(), connection.streams()))?;
+        let has_room = !connection.is_heavy() && connection.streams() < STREAMS_PER_CONNECTION;
+        (share == Share::Any || has_room).then(|| StreamLease::on(connection))
     }
 }
 
@@ -192,17 +200,18 @@ mod tests {
     use std::net::{IpAddr, SocketAddr};
 
     use prometheus_client::registry::Registry;
-    use tokio::net::{TcpListener, TcpSocket, UdpSocket};
+    use tokio::net::{TcpListener, TcpSocket, TcpStream, UdpSocket};
     use tokio::sync::Notify;
     use tokio::time::timeout;
     use tokio_rustls::TlsAcceptor;
 
+    use super::super::mesh_connection::HEAVY;
     use super::*;
     use crate::dns::{Client, Resolver};
     use crate::identity::Identities;
     use crate::lanes::Lanes;
     use crate::metrics::Metrics;
-    use crate::model::{MtlsMode, MtlsPolicy, OnAgentDown, Snapshot, Workload};
+    use crate::model::{Identity, MtlsMode, MtlsPolicy, OnAgentDown, Snapshot, Workload};
     use crate::proxy::HBONE_PORT;
     use crate::sock::{Egress, Namespace};
     use crate::store::Store;
@@ -263,45 +272,108 @@ mod tests {
         Local::new(Arc::new(workload), Arc::new(Open), resolver, &Lanes::current())
     }
 
+    /// A client's pool, and the agent beside a server at an address that is nobody's but this test's (the port is
+    /// the mesh's).
+    struct World {
+        pool: MeshPool,
+        local: Arc<Local>,
+        listener: Option<TcpListener>,
+        acceptor: TlsAcceptor,
+        address: IpAddr,
+        identities: [Identity; 2],
+        _ca: tempfile::TempDir,
+    }
+
+    impl World {
+        async fn at(address: &str) -> Self {
+            let ca = tempfile::tempdir().unwrap();
+            let identities = Identities::open_embedded(ca.path(), "cluster.local").unwrap();
+            let pair: [Identity; 2] = [CLIENT.parse().unwrap(), SERVER.parse().unwrap()];
+            identities.ensure(&BTreeSet::from(pair.clone()));
+            let metrics = Metrics::new(&mut Registry::default());
+            let address: IpAddr = address.parse().unwrap();
+            Self {
+                local: local(&metrics),
+                listener: Some(TcpListener::bind((address, HBONE_PORT)).await.unwrap()),
+                acceptor: tls::server_config(&identities, &pair[1]).unwrap().into(),
+                pool: MeshPool::new(TlsParts { identities, metrics }),
+                address,
+                identities: pair,
+                _ca: ca,
+            }
+        }
+
+        async fn stream(&self) -> Result<StreamLease, Error> {
+            let key = PeerRef {
+                source: self.local.enrolment,
+                source_identity: &self.identities[0],
+                peer_identity: &self.identities[1],
+                address: self.address,
+            };
+            timeout(LONG, self.pool.stream(&key, &self.local)).await.unwrap()
+        }
+    }
+
+    async fn serve(acceptor: TlsAcceptor, stream: TcpStream) {
+        let stream = acceptor.accept(stream).await.unwrap();
+        let mut connection = h2::server::handshake(stream).await.unwrap();
+        while connection.accept().await.is_some() {}
+    }
+
     #[tokio::test]
     async fn a_request_with_less_time_than_a_handshake_takes_leaves_a_connection_behind() {
-        let dir = tempfile::tempdir().unwrap();
-        let identities = Identities::open_embedded(dir.path(), "cluster.local").unwrap();
-        identities.ensure(&BTreeSet::from([
-            CLIENT.parse().unwrap(),
-            SERVER.parse().unwrap(),
-        ]));
-        let metrics = Metrics::new(&mut Registry::default());
-        // The port is the mesh's; the address is nobody's but this test's.
-        let address: IpAddr = "127.15.8.1".parse().unwrap();
-        let listener = TcpListener::bind((address, HBONE_PORT)).await.unwrap();
-        let config = tls::server_config(&identities, &SERVER.parse().unwrap()).unwrap();
+        let mut world = World::at("127.15.8.1").await;
         let (reached, go) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
         let (at, until) = (Arc::clone(&reached), Arc::clone(&go));
+        let (listener, acceptor) = (world.listener.take().unwrap(), world.acceptor.clone());
         tokio::spawn(async move {
             let (stream, _) = listener.accept().await.unwrap();
             at.notify_one();
             until.notified().await;
-            let stream = TlsAcceptor::from(config).accept(stream).await.unwrap();
-            let mut connection = h2::server::handshake(stream).await.unwrap();
-            while connection.accept().await.is_some() {}
+            serve(acceptor, stream).await;
         });
-        let local = local(&metrics);
-        let pool = MeshPool::new(TlsParts { identities, metrics });
-        let (client, server) = (CLIENT.parse().unwrap(), SERVER.parse().unwrap());
-        let key = PeerRef {
-            source: local.enrolment,
-            source_identity: &client,
-            peer_identity: &server,
-            address,
-        };
         tokio::select! {
-            _ = pool.stream(&key, &local) => panic!("nobody has answered yet"),
+            _ = world.stream() => panic!("nobody has answered yet"),
             () = reached.notified() => {}
         }
         go.notify_one();
-        let lease = timeout(LONG, pool.stream(&key, &local)).await.unwrap().unwrap();
+        let lease = world.stream().await.unwrap();
         assert!(lease.native());
-        assert_eq!(pool.connections(), 1, "that of the first one");
+        assert_eq!(world.pool.connections(), 1, "that of the first one");
+    }
+
+    #[tokio::test]
+    async fn what_comes_after_a_heavy_stream_goes_another_way() {
+        let mut world = World::at("127.15.8.2").await;
+        let (listener, acceptor) = (world.listener.take().unwrap(), world.acceptor.clone());
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                tokio::spawn(serve(acceptor.clone(), stream));
+            }
+        });
+        let is_shared =
+            |one: &StreamLease, other: &StreamLease| Arc::ptr_eq(one.connection(), other.connection());
+        let half = usize::try_from(HEAVY / 2).unwrap();
+        let mut bulk = world.stream().await.unwrap();
+        bulk.load().add(half);
+        let small = world.stream().await.unwrap();
+        assert!(is_shared(&bulk, &small), "half of it is not much");
+        bulk.load().add(half);
+        let other = world.stream().await.unwrap();
+        assert!(!is_shared(&bulk, &other));
+        let next = world.stream().await.unwrap();
+        assert!(is_shared(&other, &next), "one connection for all that is light");
+        drop(bulk);
+        assert!(!small.connection().is_heavy());
+
+        // At the end of the connections that a peer may have, all is shared.
+        let mut heavy = Vec::new();
+        while world.pool.connections() < CONNECTIONS_PER_PEER || heavy.len() < CONNECTIONS_PER_PEER {
+            let mut lease = world.stream().await.unwrap();
+            lease.load().add(2 * half);
+            heavy.push(lease);
+        }
+        world.stream().await.unwrap();
+        assert_eq!(world.pool.connections(), CONNECTIONS_PER_PEER);
     }
 }

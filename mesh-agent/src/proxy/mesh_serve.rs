@@ -90,7 +90,7 @@ pub(super) async fn answer(
     };
     let ended = body.is_end_stream();
     match respond.send_response(answer, ended) {
-        Ok(stream) if !ended => mesh_stream::send(body, stream, Reason::INTERNAL_ERROR).await,
+        Ok(stream) if !ended => mesh_stream::send(body, stream, Reason::INTERNAL_ERROR, None).await,
         Ok(_) => {}
         Err(error) => tracing::debug!(%error, "cannot answer an agent"),
     }

@@ -18,6 +18,7 @@ use http_body::{Body as _, Frame, SizeHint};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::body::{Body, BodyError};
+use super::mesh_connection::Load;
 
 /// Windows of a stream and of a connection. The connection's is several times a stream's: with equal ones a stream
 /// that nobody reads could stop all the others.
@@ -107,8 +108,13 @@ impl Receiving {
 }
 
 /// Sends all of `body`. Returns early when the peer no longer wants it; a body that breaks resets the stream with
-/// `broken`.
-pub(super) async fn send(mut body: Body, mut stream: SendStream<Bytes>, broken: Reason) {
+/// `broken`. What is sent is added to `load`, on the side that chooses the connections.
+pub(super) async fn send(
+    mut body: Body,
+    mut stream: SendStream<Bytes>,
+    broken: Reason,
+    mut load: Option<Load>,
+) {
     loop {
         let frame = poll_fn(|cx| {
             if stream.poll_reset(cx).is_ready() {
@@ -123,6 +129,9 @@ pub(super) async fn send(mut body: Body, mut stream: SendStream<Bytes>, broken: 
             Some(Ok(frame)) => match frame.into_data() {
                 Ok(data) => {
                     let last = body.is_end_stream();
+                    if let Some(load) = &mut load {
+                        load.add(data.len());
+                    }
                     match send_data(&mut stream, data, last).await {
                         Ok(()) if last => return,
                         sent => sent,

@@ -37,12 +37,20 @@ pub(super) enum Stream {
 #[derive(Debug)]
 pub(super) struct Tunnel {
     io: Duplex,
-    _lease: Option<StreamLease>,
+    lease: Option<StreamLease>,
+}
+
+impl Tunnel {
+    fn add_moved(&mut self, bytes: usize) {
+        if let Some(lease) = &mut self.lease {
+            lease.load().add(bytes);
+        }
+    }
 }
 
 impl Stream {
     pub(super) fn tunnel(io: Duplex, lease: Option<StreamLease>) -> Self {
-        Self::Tunnel(Box::new(Tunnel { io, _lease: lease }))
+        Self::Tunnel(Box::new(Tunnel { io, lease }))
     }
 
     /// Whether the peer broke the stream, also after its own side has ended, where reading tells nothing more. A
@@ -72,7 +80,11 @@ impl Stream {
                 room.clear();
                 Poll::Ready(Ok(chunk))
             }),
-            Self::Tunnel(tunnel) => tunnel.io.poll_chunk(cx),
+            Self::Tunnel(tunnel) => {
+                let chunk = ready!(tunnel.io.poll_chunk(cx))?;
+                tunnel.add_moved(chunk.len());
+                Poll::Ready(Ok(chunk))
+            }
         }
     }
 
@@ -84,7 +96,11 @@ impl Stream {
                 bytes.advance(written);
                 Poll::Ready(Ok(written))
             }
-            Self::Tunnel(tunnel) => tunnel.io.poll_give(cx, bytes),
+            Self::Tunnel(tunnel) => {
+                let given = ready!(tunnel.io.poll_give(cx, bytes))?;
+                tunnel.add_moved(given);
+                Poll::Ready(Ok(given))
+            }
         }
     }
 

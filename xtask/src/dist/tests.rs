@@ -1,0 +1,160 @@
+use std::collections::BTreeSet;
+use std::fs;
+use std::process::Command;
+
+use super::tarball::Entry;
+use super::*;
+
+/// The Unix time that the packed files are given.
+const TIME: u64 = 1_700_000_000;
+
+fn package() -> Package {
+    let arch = Arch::ALL.into_iter().find(|arch| arch.is_host()).unwrap();
+    Package { arch, time: TIME }
+}
+
+fn prints(folder: &Path, words: &[&str]) -> String {
+    let mut command = Command::new(words[0]);
+    shell::output(command.current_dir(folder).args(&words[1..])).unwrap()
+}
+
+/// A release with this very test program as the agent: an ELF program with debugging information.
+fn release(folder: &Path) -> Vec<String> {
+    let files = package().make(&env::current_exe().unwrap(), folder).unwrap();
+    sums::write(folder, &files).unwrap();
+    files
+}
+
+#[test]
+fn names_say_version_and_architecture() {
+    for (arch, name) in [(Arch::X86_64, "x86_64"), (Arch::Arm64, "arm64")] {
+        let package = Package { arch, time: TIME };
+        assert_eq!(package.name(), format!("mesh-agent-{VERSION}-linux-{name}"));
+    }
+}
+
+#[test]
+fn a_release_verifies_and_unpacks_to_what_the_readme_says() {
+    let folder = tempfile::tempdir().unwrap();
+    let files = release(folder.path());
+    sums::check(folder.path()).unwrap();
+    let name = package().name();
+    assert_eq!(files, [format!("{name}.tar.gz"), format!("{name}.debug")]);
+    prints(folder.path(), &["tar", "-xzf", &files[0]]);
+
+    let readme = fs::read_to_string(shell::workspace().join("README.md")).unwrap();
+    let (_, section) = readme.split_once("\n## Releases\n").unwrap();
+    let (section, _) = section.split_once("\n## ").unwrap();
+    let told: BTreeSet<_> = section
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `"))
+        .flat_map(|row| row.split(" | ").next().unwrap().split('`'))
+        .filter(|word| !word.trim_matches([',', ' ']).is_empty())
+        .collect();
+    let there: BTreeSet<_> = tarball::names().into_iter().collect();
+    assert_eq!(told, there);
+    let unpacked = folder.path().join(name);
+    assert!(there.iter().all(|name| unpacked.join(name).is_file()));
+    // It runs, and is not what was built, but that without its symbols.
+    prints(&unpacked, &["./mesh-agent", "--list"]);
+    let symbols = prints(&unpacked, &["readelf", "--symbols", "--wide", "mesh-agent"]);
+    assert!(!symbols.contains(".symtab"), "{symbols}");
+    let notices = fs::read_to_string(unpacked.join("THIRD-PARTY-LICENSES")).unwrap();
+    for part in ["\nrustls 0.", "\naya-ebpf ", "MPL-2.0", "Mozilla Public License"] {
+        assert!(notices.contains(part), "no {part:?}");
+    }
+    // What only builds or tests is not in it.
+    assert!(!notices.contains("\ninferno ") && !notices.contains("\ncc "));
+}
+
+#[test]
+fn a_file_that_changed_is_found_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let files = release(folder.path());
+    let path = folder.path().join(&files[0]);
+    let mut bytes = fs::read(&path).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&path, bytes).unwrap();
+    assert!(sums::check(folder.path()).is_err());
+}
+
+#[test]
+fn packed_twice_it_is_the_same() {
+    let entry = |name: &str| Entry::new(name, 0o644, name.as_bytes().to_vec());
+    let folder = tempfile::tempdir().unwrap();
+    let (one, other) = (folder.path().join("one"), folder.path().join("other"));
+    tarball::write(&one, "top", vec![entry("a"), entry("b")], TIME).unwrap();
+    tarball::write(&other, "top", vec![entry("b"), entry("a")], TIME).unwrap();
+    assert_eq!(fs::read(&one).unwrap(), fs::read(&other).unwrap());
+    let listed = Command::new("tar")
+        .env("TZ", "UTC")
+        .args(["--numeric-owner", "-tvzf"])
+        .arg(&one)
+        .output()
+        .unwrap();
+    let line = "-rw-r--r-- 0/0               1 2023-11-14 22:13 top/a\n";
+    assert!(String::from_utf8(listed.stdout).unwrap().starts_with(line));
+}
+
+#[test]
+fn a_backtrace_reads_the_file_beside_the_program() {
+    let folder = tempfile::tempdir().unwrap();
+    let files = release(folder.path());
+    let name = package().name();
+    prints(folder.path(), &["tar", "-xzf", &files[0]]);
+    let unpacked = folder.path().join(&name);
+    // Makes the packed test program fail: how often does it say where?
+    let places = || {
+        let failed = Command::new(unpacked.join("mesh-agent"))
+            .args([
+                "--exact",
+                "dist::tests::sums_of_another_run_are_kept_while_their_files_are",
+            ])
+            .env("PATH", "/no/programs")
+            .env("RUST_BACKTRACE", "1")
+            .output()
+            .unwrap();
+        let said = String::from_utf8(failed.stdout).unwrap();
+        assert!(said.contains("1 failed"), "{said}");
+        said.matches("dist/tests.rs:").count()
+    };
+    assert_eq!(places(), 1, "only where it panicked");
+    fs::rename(folder.path().join(&files[1]), unpacked.join(&files[1])).unwrap();
+    assert!(places() > 1);
+}
+
+#[test]
+fn sums_of_another_run_are_kept_while_their_files_are() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| fs::write(folder.path().join(name), text).unwrap();
+    let sums = || fs::read_to_string(folder.path().join(sums::FILE)).unwrap();
+    write("one", "1");
+    write("gone", "2");
+    sums::write(folder.path(), &["one".to_owned(), "gone".to_owned()]).unwrap();
+    assert_eq!(sums().lines().count(), 2);
+    fs::remove_file(folder.path().join("gone")).unwrap();
+    write("two", "3");
+    sums::write(folder.path(), &["two".to_owned()]).unwrap();
+    let names: Vec<_> = sums().lines().map(|line| line[66..].to_owned()).collect();
+    assert_eq!(names, ["one", "two"]);
+    sums::check(folder.path()).unwrap();
+    write("one", "changed");
+    assert!(sums::check(folder.path()).is_err());
+}
+
+#[test]
+fn the_needed_c_library_is_read_from_the_program() {
+    let program = fs::read(env::current_exe().unwrap()).unwrap();
+    let needed = oldest_glibc(&program).unwrap();
+    let shown = prints(
+        Path::new("/"),
+        &[
+            "readelf",
+            "--version-info",
+            "--wide",
+            env::current_exe().unwrap().to_str().unwrap(),
+        ],
+    );
+    assert!(shown.contains(&format!("GLIBC_{needed} ")), "{needed}");
+    assert!(oldest_glibc(b"no program").is_err());
+}
