@@ -78,9 +78,9 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<()> {
     let rows = rows::wanted(&args.kernel, &args.arch)?;
     let mut steps = Steps::default();
-    let bench = Bench::prepare(&mut steps, args, &rows);
+    let shared = Shared::prepare(&mut steps, args, &rows);
     let outcomes = steps.run(&format!("{} kernels", rows.len()), || {
-        Ok(run_all(&rows, bench.jobs, |row| run_row(&bench, row)))
+        Ok(run_all(&rows, shared.jobs, |row| run_row(&shared, row)))
     })?;
     for outcome in outcomes.iter().filter(|outcome| outcome.problem.is_some()) {
         let evidence = outcome.report.evidence();
@@ -104,7 +104,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 /// What the rows share.
-struct Bench<'a> {
+struct Shared<'a> {
     filter: Option<&'a str>,
     update: bool,
     jobs: usize,
@@ -116,7 +116,7 @@ struct Bench<'a> {
     userlands: Vec<Result<Userland>>,
 }
 
-impl<'a> Bench<'a> {
+impl<'a> Shared<'a> {
     fn prepare(steps: &mut Steps, args: &'a Args, rows: &[Row]) -> Self {
         let cache = tools_dir().join("kernels");
         let any_guest = rows.iter().any(|row| row.release.is_some());
@@ -190,14 +190,14 @@ fn run_all(rows: &[Row], jobs: usize, run: impl Fn(Row) -> Outcome + Sync) -> Ve
     done.into_iter().map(|(_, outcome)| outcome).collect()
 }
 
-fn run_row(bench: &Bench<'_>, row: Row) -> Outcome {
+fn run_row(shared: &Shared<'_>, row: Row) -> Outcome {
     let started = Instant::now();
     let mut report = Report::default();
     let mut teller = Teller::new(row);
     teller.say("begins");
     let ran = match row.release {
-        Some(_) => in_guest(bench, row, &mut report, &mut teller),
-        None => here(bench, row, &mut report, &mut teller),
+        Some(_) => in_guest(shared, row, &mut report, &mut teller),
+        None => here(shared, row, &mut report, &mut teller),
     };
     // A failure to run says more than what the run then did not say.
     let problem = match ran {
@@ -213,14 +213,14 @@ fn run_row(bench: &Bench<'_>, row: Row) -> Outcome {
     }
 }
 
-fn in_guest(bench: &Bench<'_>, row: Row, report: &mut Report, teller: &mut Teller) -> Result<()> {
-    if let Err(error) = &bench.guests {
+fn in_guest(shared: &Shared<'_>, row: Row, report: &mut Report, teller: &mut Teller) -> Result<()> {
+    if let Err(error) = &shared.guests {
         bail!("no guests here: {error:#}");
     }
     let release = row.release.context("a guest has a release")?;
-    let programs = bench.of_arch(&bench.programs, row.arch)?;
-    let userland = bench.of_arch(&bench.userlands, row.arch)?;
-    let image = image::get(&bench.cache, release, row.arch, bench.update)?;
+    let programs = shared.of_arch(&shared.programs, row.arch)?;
+    let userland = shared.of_arch(&shared.userlands, row.arch)?;
+    let image = image::get(&shared.cache, release, row.arch, shared.update)?;
     let scratch = tempfile::tempdir()?;
     let (root, initramfs) = (scratch.path().join("root"), scratch.path().join("initramfs"));
     let contents = Contents {
@@ -232,7 +232,7 @@ fn in_guest(bench: &Bench<'_>, row: Row, report: &mut Report, teller: &mut Telle
             (programs.program("mesh-peer")?, "mesh-peer"),
             (programs.program("kernel")?, "kernel-tests"),
         ],
-        settings: &settings(bench.filter),
+        settings: &settings(shared.filter),
     };
     rootfs::write(&contents, &root, &initramfs)?;
     let guest = Guest {
@@ -269,13 +269,13 @@ fn quoted(word: &str) -> String {
 }
 
 /// The machine's own kernel: what a guest does, done here.
-fn here(bench: &Bench<'_>, row: Row, report: &mut Report, teller: &mut Teller) -> Result<()> {
+fn here(shared: &Shared<'_>, row: Row, report: &mut Report, teller: &mut Teller) -> Result<()> {
     setup::ensure(&[Need::Peers])?;
     let missing = prerequisites::missing();
     if !missing.is_empty() {
         bail!("{}", missing.join("; "));
     }
-    let programs = bench.of_arch(&bench.programs, row.arch)?;
+    let programs = shared.of_arch(&shared.programs, row.arch)?;
     let kernel = |file: &str| fs::read_to_string(Path::new("/proc/sys/kernel").join(file));
     let (release, version) = (kernel("osrelease")?, kernel("version")?);
     report.kernel = Some(format!("{} {}", release.trim(), version.trim()));
@@ -284,7 +284,7 @@ fn here(bench: &Bench<'_>, row: Row, report: &mut Report, teller: &mut Teller) -
     let record = scratch.path().join("record");
     let mut tests = Command::new(programs.program("kernel")?);
     tests
-        .args(bench.filter)
+        .args(shared.filter)
         .env("MESH_AGENT_BIN", &programs.agent)
         .env("MESH_PEER_BIN", programs.program("mesh-peer")?)
         .env("MESH_TESTS_RECORD", &record);

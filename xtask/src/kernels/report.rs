@@ -144,7 +144,12 @@ impl Report {
                 self.total
             )),
             Some((0, _)) => Some("there was no test to run".to_owned()),
-            Some(_) => None,
+            // The tests found that the agent runs here.
+            Some(_) => {
+                let doctor = self.doctor()?;
+                let refuses = doctor["canRun"] == false;
+                refuses.then(|| format!("the tests passed, but doctor says: {}", doctor["summary"]))
+            }
         }
     }
 

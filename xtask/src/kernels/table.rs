@@ -77,10 +77,11 @@ fn lines(outcomes: &[Outcome]) -> Vec<Line> {
     };
     let mut lines = vec![
         each("version", &|outcome| outcome.report.version()),
-        each("programs loaded", &|outcome| {
-            let count = outcome.report.records("verifier").count();
-            (count > 0).then(|| count.to_string())
+        each("doctor", &|outcome| {
+            let can_run = outcome.report.doctor()?["canRun"].as_bool()?;
+            Some(if can_run { "can run" } else { "cannot" }.to_owned())
         }),
+        each("programs loaded", &|outcome| loaded(&outcome.report)),
         each("programs attached", &|outcome| {
             let attached = capture(&outcome.report)?["attached"].as_u64()?;
             Some(attached.to_string())
@@ -200,6 +201,18 @@ fn to_json(outcomes: &[Outcome]) -> Value {
     json!({ "rows": rows })
 }
 
+/// The programs that the verifier let pass: those that an agent loaded, else those that its doctor tried.
+fn loaded(report: &Report) -> Option<String> {
+    let count = report.records("verifier").count();
+    if count > 0 {
+        return Some(count.to_string());
+    }
+    let doctor = report.doctor()?;
+    let tried = doctor["programs"].as_array()?;
+    let loads = tried.iter().filter(|program| program["loads"] == true).count();
+    Some(format!("{loads} of {}", tried.len()))
+}
+
 /// What an agent said of its kernel side.
 fn capture(report: &Report) -> Option<&Value> {
     report.records("capture").next()
@@ -288,7 +301,11 @@ mod tests {
         [
             outcome(Kernel::V5_10, &old, None),
             outcome(Kernel::V6_1, &told("6.1.0+d", true), None),
-            outcome(Kernel::V6_12, "", Some("the kernel did not come up")),
+            outcome(
+                Kernel::V6_12,
+                "@kernels doctor {\"canRun\":false,\"programs\":[{\"loads\":true},{\"loads\":false}]}",
+                Some("the kernel did not come up"),
+            ),
         ]
     }
 
@@ -306,7 +323,8 @@ mod tests {
         );
         let line = |fact: &str| cells.iter().find(|line| line[1] == fact).unwrap()[2..5].to_vec();
         assert_eq!(line("version"), ["5.10.262-1", "6.1.0", "-"]);
-        assert_eq!(line("programs loaded"), ["1", "1", "-"]);
+        assert_eq!(line("doctor"), ["-", "-", "cannot"]);
+        assert_eq!(line("programs loaded"), ["1", "1", "1 of 2"]);
         assert_eq!(line("programs attached"), ["9", "9", "-"]);
         assert_eq!(line("cookies"), ["no", "yes", "-"]);
         assert_eq!(line("tests passed"), ["1 of 1", "2 of 2", "-"]);
