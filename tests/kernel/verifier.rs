@@ -116,7 +116,7 @@ fn examine(loaded: &ProgramInfo, pinned: &BTreeMap<String, MapFd>) -> (String, F
         let fd = pinned
             .get(name)
             .or_else(|| own.get(name))
-            .unwrap_or(&pinned["SETTINGS"]);
+            .unwrap_or_else(|| &pinned["SETTINGS"]);
         fd.as_fd().as_raw_fd()
     };
     let maps = object.maps.clone();

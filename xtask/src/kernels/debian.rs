@@ -73,13 +73,14 @@ impl Archive {
         command
     }
 
-    /// The first package that `package` depends on: what a package that only names the newest one leads to.
-    pub(super) fn dependency(&self, package: &str) -> Result<String> {
-        let said = shell::output(self.apt("apt-cache").args(["depends", package]))?;
-        said.lines()
-            .find_map(|line| line.trim().strip_prefix("Depends: "))
+    /// What each version of a package that only names another one leads to, the newest first.
+    pub(super) fn led_to_by(&self, package: &str) -> Result<Vec<String>> {
+        let said = shell::output(self.apt("apt-cache").args(["show", package]))?;
+        Ok(said
+            .lines()
+            .filter_map(|line| line.strip_prefix("Depends: ")?.split([' ', ',']).next())
             .map(str::to_owned)
-            .with_context(|| format!("{package} depends on nothing"))
+            .collect())
     }
 
     /// Unpacks one package, without what it depends on.

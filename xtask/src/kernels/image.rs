@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use object::{Object, ObjectSection};
 
 use super::debian::Archive;
@@ -41,27 +41,20 @@ pub(super) fn get(cache: &Path, release: &Release, arch: Arch, update: bool) -> 
 
 fn fetch(cache: &Path, release: &Release, arch: Arch, folder: &Path) -> Result<()> {
     let archive = Archive::open(&cache.join("apt"), release.suite, arch.debian_name())?;
-    let package = archive.dependency(&format!("linux-image-cloud-{}", arch.debian_name()))?;
-    if !package.starts_with(&format!("linux-image-{}.", release.name)) {
-        bail!(
-            "{} has {package}, which is no Linux {}",
-            release.suite,
-            release.name
-        );
-    }
+    let newest = format!("linux-image-cloud-{}", arch.debian_name());
     fs::create_dir_all(cache.join("images"))?;
     // Beside its place, so that it is moved there as a whole.
     let scratch = tempfile::tempdir_in(cache.join("images"))?;
     let unpacked = scratch.path().join("package");
     fs::create_dir(&unpacked)?;
-    archive.unpack(&package, &unpacked)?;
+    unpack_first(&archive, &archive.led_to_by(&newest)?, release, &unpacked)?;
 
     let image = scratch.path().join("image");
     fs::create_dir_all(image.join("modules"))?;
     let kernel = entries(&unpacked.join("boot"))?
         .into_iter()
         .find(|path| name_of(path).starts_with("vmlinuz-"))
-        .with_context(|| format!("no kernel in {package}"))?;
+        .context("no kernel in the package")?;
     fs::rename(kernel, image.join("vmlinuz"))?;
     for (number, (name, bytes)) in in_order(&unpacked)?.into_iter().enumerate() {
         fs::write(
@@ -74,6 +67,22 @@ fn fetch(cache: &Path, release: &Release, arch: Arch, folder: &Path) -> Result<(
     }
     fs::rename(&image, folder)?;
     Ok(())
+}
+
+/// Unpacks the newest of `packages` that is to be had: the index of an old suite may name what is there no more.
+fn unpack_first(archive: &Archive, packages: &[String], release: &Release, into: &Path) -> Result<()> {
+    let mut problem = anyhow!("{} has no kernel for clouds", release.suite);
+    for package in packages {
+        if !package.starts_with(&format!("linux-image-{}.", release.name)) {
+            problem = anyhow!("{package} is no Linux {}", release.name);
+            continue;
+        }
+        match archive.unpack(package, into) {
+            Ok(()) => return Ok(()),
+            Err(error) => problem = error,
+        }
+    }
+    Err(problem)
 }
 
 /// The modules, each after those that it needs.
