@@ -11,7 +11,7 @@
 //! |---|---|
 //! | 7 | `main` |
 //! | 6 | [`app`], [`cli`] |
-//! | 5 | [`admin`] |
+//! | 5 | [`admin`], [`doctor`] |
 //! | 4 | [`proxy`], [`dns`] |
 //! | 3 | [`config`], [`discovery`], [`store`], [`identity`], [`tls`], [`ebpf`] |
 //! | 2 | [`route`], [`balance`], [`retry`], [`authz`], [`fast_path`] (pure), [`metrics`] |
@@ -24,6 +24,7 @@ pub mod app;
 pub mod cli;
 
 pub mod admin;
+pub mod doctor;
 
 pub mod dns;
 pub mod proxy;

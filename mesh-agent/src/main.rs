@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Parser;
-use mesh_agent::cli::{Cli, Command, execute};
+use mesh_agent::cli::{Cli, Command, execute, explain};
 use mesh_agent::config::{AgentConfig, LogFormat};
 use mesh_agent::lanes::Lanes;
 use mesh_agent::{app, telemetry};
@@ -20,7 +20,7 @@ fn main() -> ExitCode {
     done.unwrap_or_else(|error| match is_reader_gone(&error) {
         true => ExitCode::SUCCESS,
         false => {
-            eprintln!("mesh-agent: {error:#}");
+            eprintln!("mesh-agent: {}", explain(error.as_ref()));
             ExitCode::FAILURE
         }
     })

@@ -7,14 +7,15 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 
 use mesh_agent::ebpf::{Capture, CaptureOptions, EnrolRequest, Place, PlaceIdentity};
-use mesh_tests::until;
+use mesh_tests::{Run, until};
 
+use crate::node::cgroup2;
 use crate::world::{Agent, FAMILIES, OUT4, PATIENCE, POD4, POD6, World, accept, at, ip};
 
 #[test]
 fn a_cgroups_connections_come_to_the_agent_and_no_others() {
     let world = World::new();
-    let cgroup = Cgroup::create(&world);
+    let cgroup = Cgroup::create(&world.run);
     world
         .pod
         .enter(|| {
@@ -73,7 +74,7 @@ fn a_cgroups_connections_come_to_the_agent_and_no_others() {
 #[test]
 fn a_cgroups_queries_come_to_the_agent() {
     let world = World::new();
-    let cgroup = Cgroup::create(&world);
+    let cgroup = Cgroup::create(&world.run);
     world
         .pod
         .enter(|| {
@@ -92,7 +93,7 @@ fn a_cgroups_queries_come_to_the_agent() {
 #[test]
 fn without_an_agent_a_cgroup_is_held_or_passes() {
     let world = World::new();
-    let cgroup = Cgroup::create(&world);
+    let cgroup = Cgroup::create(&world.run);
     let server = world
         .outside
         .enter(|| TcpListener::bind(at(OUT4[0], 80)))
@@ -120,7 +121,7 @@ fn without_an_agent_a_cgroup_is_held_or_passes() {
 #[test]
 fn a_cgroup_made_anew_is_another_place() {
     let world = World::new();
-    let cgroup = Cgroup::create(&world);
+    let cgroup = Cgroup::create(&world.run);
     let place = Place::Cgroup(cgroup.path.clone());
     let before = PlaceIdentity::of(&place).unwrap();
     fs::remove_dir(&cgroup.path).unwrap();
@@ -149,14 +150,12 @@ fn enrol(capture: &Capture, cgroup: &Cgroup, hold: bool) -> Agent {
 
 /// A cgroup of this test, removed when dropped.
 pub(crate) struct Cgroup {
-    path: PathBuf,
+    pub(crate) path: PathBuf,
 }
 
 impl Cgroup {
-    pub(crate) fn create(world: &World) -> Self {
-        let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-        let mount = mounts.lines().find(|line| line.contains(" cgroup2 ")).unwrap();
-        let path = PathBuf::from(mount.split(' ').nth(1).unwrap()).join(world.run.name());
+    pub(crate) fn create(run: &Run) -> Self {
+        let path = cgroup2().join(run.name());
         fs::create_dir(&path).unwrap();
         Self { path }
     }

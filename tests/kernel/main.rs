@@ -9,10 +9,13 @@
 
 mod cgroup;
 mod dns;
+mod doctor;
 mod fast;
+mod foreign;
 mod inbound;
 mod lacking;
 mod life;
+mod node;
 mod odd;
 mod outbound;
 mod smoke;

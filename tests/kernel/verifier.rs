@@ -33,7 +33,7 @@ fn every_program_leaves_room() {
     let state = world.capture.state();
     let about_all = json!({ "attached": state.links.len(), "features": state.features });
     record("capture", about_all).unwrap();
-    let cgroup = Cgroup::create(&world);
+    let cgroup = Cgroup::create(&world.run);
     world
         .pod
         .enter(|| {

@@ -20,7 +20,7 @@ mod wire;
 
 pub use agent::Agent;
 pub use capture::{Capture, Seen};
-pub use mesh::{Mesh, Options, THREADS};
+pub use mesh::{Mesh, Options, THREADS, program};
 pub use metrics::{Sample, Samples};
 pub use netns::Netns;
 pub use pod::{Pod, PodSpec, Response};

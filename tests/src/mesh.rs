@@ -33,6 +33,8 @@ pub struct Options {
     pub log: String,
     /// More lines for the agents' configuration.
     pub config: String,
+    /// A library that counts the agents' allocations, see [`Agent::allocations`].
+    pub counting: Option<PathBuf>,
 }
 
 impl Default for Options {
@@ -42,6 +44,7 @@ impl Default for Options {
             agents: true,
             log: "info".to_owned(),
             config: format!("threads: {THREADS}\n"),
+            counting: None,
         }
     }
 }
@@ -280,7 +283,7 @@ fn is_enrolled(workload: &Value) -> bool {
 }
 
 /// A program of this workspace: where the variable says, else where cargo put it beside us.
-fn program(name: &str, variable: &str) -> Result<PathBuf> {
+pub fn program(name: &str, variable: &str) -> Result<PathBuf> {
     if let Some(path) = env::var_os(variable) {
         return Ok(path.into());
     }

@@ -47,6 +47,11 @@ pub(crate) fn build(steps: &mut Steps, also: &[&str]) -> Result<Built> {
 /// As [`build`], by a cargo that may be set up for another target.
 pub(crate) fn build_with(steps: &mut Steps, title: &str, mut cargo: Command, also: &[&str]) -> Result<Built> {
     let built = steps.run(title, || {
+        if also.is_empty() {
+            // Cargo gives crates the features that any of the packages wants: so the agent that is released is,
+            // to the byte, the one that the tests run.
+            cargo.args(["--package", "mesh-tests", "--bin", "mesh-agent"]);
+        }
         cargo.args(also.iter().flat_map(|package| ["--package", package]));
         cargo.args([
             "--release",

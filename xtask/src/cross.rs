@@ -69,34 +69,16 @@ impl fmt::Display for Arch {
 
 /// Builds the agent, all programs of the packages in `also`, and their test programs in `tests`.
 pub(crate) fn build(steps: &mut Steps, arch: Arch, also: &[&str], tests: &[&str]) -> Result<Built> {
-    let mut cargo = cargo_build(arch)?;
-    if !tests.is_empty() {
-        cargo.arg("--bins");
-        cargo.args(tests.iter().flat_map(|test| ["--test", test]));
-    }
-    build_ebpf::build_with(steps, &format!("build for {arch}"), cargo, also)
-}
-
-/// Builds the agent alone: the very one that [`build`] makes beside the tests, since cargo gives what both are
-/// made of the features that either wants.
-pub(crate) fn build_agent(steps: &mut Steps, arch: Arch) -> Result<Built> {
-    let mut cargo = cargo_build(arch)?;
-    cargo.args(["--bin", "mesh-agent"]);
-    build_ebpf::build_with(
-        steps,
-        &format!("build the agent for {arch}"),
-        cargo,
-        &["mesh-tests"],
-    )
-}
-
-fn cargo_build(arch: Arch) -> Result<Command> {
     let mut cargo = shell::cargo("build");
     if !arch.is_host() {
         setup::ensure(&[Need::Build, Need::Cross(arch)])?;
         aim(&mut cargo, arch)?;
     }
-    Ok(cargo)
+    if !tests.is_empty() {
+        cargo.arg("--bins");
+        cargo.args(tests.iter().flat_map(|test| ["--test", test]));
+    }
+    build_ebpf::build_with(steps, &format!("build for {arch}"), cargo, also)
 }
 
 /// Makes a cargo build for another architecture.

@@ -30,12 +30,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 
 pub(crate) fn run_steps(steps: &mut Steps, args: &Args) -> Result<()> {
     let missing = missing();
-    if !missing.is_empty() && !args.allow_missing {
-        bail!(
-            "the privileged tests cannot run here:\n{}\n(--allow-missing leaves them out)",
-            listed(&missing)
-        );
-    }
+    admit(&missing, args)?;
     steps.try_run("unit tests", || {
         let mut cargo = shell::cargo("test");
         cargo.args([
@@ -48,14 +43,35 @@ pub(crate) fn run_steps(steps: &mut Steps, args: &Args) -> Result<()> {
         ]);
         cargo_test(cargo, args)
     });
-    if missing.is_empty() {
-        // With the tests, so that what both are made of is compiled once.
-        let built = build_ebpf::build(steps, &["mesh-tests"])?;
+    if !missing.is_empty() {
+        leave_out(&missing);
+        return steps.finish();
+    }
+    // With the tests, so that what both are made of is compiled once.
+    let built = build_ebpf::build(steps, &["mesh-tests"])?;
+    let unfit = prerequisites::unfit(&built.agent)?;
+    admit(&unfit, args)?;
+    if unfit.is_empty() {
         steps.try_run("privileged tests", || privileged(&built.agent, args));
     } else {
-        eprintln!("==> privileged tests: LEFT OUT, since\n{}", listed(&missing));
+        leave_out(&unfit);
     }
     steps.finish()
+}
+
+/// Where there are reasons against the privileged tests, that is an error, unless they may be left out.
+fn admit(reasons: &[String], args: &Args) -> Result<()> {
+    if reasons.is_empty() || args.allow_missing {
+        return Ok(());
+    }
+    bail!(
+        "the privileged tests cannot run here:\n{}\n(--allow-missing leaves them out)",
+        listed(reasons)
+    );
+}
+
+fn leave_out(reasons: &[String]) {
+    eprintln!("==> privileged tests: LEFT OUT, since\n{}", listed(reasons));
 }
 
 /// Why privileged tests cannot run, once what can be installed is.

@@ -76,6 +76,21 @@ pub struct Status {
     pub next_certificate_expiry: Option<String>,
     /// Documents that were refused, and warnings.
     pub findings: Vec<Finding>,
+    /// What this kernel lacks, and is done without.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub lacking: Vec<Feature>,
+}
+
+/// Something that only newer kernels have, and that the agent can do without.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Feature {
+    pub name: String,
+    pub present: bool,
+    /// The first kernel that has it.
+    pub since: String,
+    /// What is otherwise.
+    pub without: String,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -309,6 +324,8 @@ pub struct Ebpf {
     /// The version of the layout of what is pinned.
     pub layout: String,
     pub bpffs: String,
+    #[serde(default)]
+    pub features: Vec<Feature>,
     pub hooks: Vec<Hook>,
     pub maps: Vec<Map>,
     pub workloads: Vec<CapturedWorkload>,

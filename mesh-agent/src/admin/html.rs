@@ -80,6 +80,7 @@ impl Shown<'_> {
         self.write_cards(page)?;
         write_findings(page, status)?;
         write_conditions(page, status)?;
+        write_lacking(page, status)?;
         write_workloads(page, self.local)?;
         page.push_str("<section><h2>Look further</h2><table class=\"pages\">");
         for (path, about) in PAGES {
@@ -194,6 +195,24 @@ fn write_conditions(page: &mut String, status: &Status) -> fmt::Result {
             "<tr><td class=\"sign {class}\">{sign}<td>{}<td>{}",
             Escaped(&condition.name),
             Escaped(&condition.message)
+        )?;
+    }
+    page.push_str("</table></section>");
+    Ok(())
+}
+
+fn write_lacking(page: &mut String, status: &Status) -> fmt::Result {
+    if status.lacking.is_empty() {
+        return Ok(());
+    }
+    page.push_str("<section><h2>What this kernel lacks</h2><table>");
+    for feature in &status.lacking {
+        write!(
+            page,
+            "<tr><td class=\"warn\">{}<br><small>since Linux {}</small><td>{}",
+            Escaped(&feature.name),
+            Escaped(&feature.since),
+            Escaped(&feature.without)
         )?;
     }
     page.push_str("</table></section>");

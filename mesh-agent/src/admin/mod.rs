@@ -57,6 +57,8 @@ pub struct AdminSources {
     /// Walks the kernel's maps: for who wants to see them.
     pub ebpf: Ask<api::Ebpf>,
     pub fast_paths: Ask<FastPaths>,
+    /// What newer kernels have, and whether this one does.
+    pub features: Vec<api::Feature>,
 }
 
 impl fmt::Debug for AdminSources {

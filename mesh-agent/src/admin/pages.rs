@@ -262,6 +262,12 @@ fn status(sources: &AdminSources) -> api::Status {
         },
         next_certificate_expiry: next_expiry(sources).map(view::time),
         findings: snapshot.rejected.iter().map(view::finding).collect(),
+        lacking: sources
+            .features
+            .iter()
+            .filter(|feature| !feature.present)
+            .cloned()
+            .collect(),
     }
 }
 

@@ -21,6 +21,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::admin::{self, AdminSources, Pulse, Readiness, Scope};
 use crate::config::{AccessLogFormat, AgentConfig};
 use crate::discovery::FileSource;
+use crate::doctor;
 use crate::drain::{self, DrainTrigger};
 use crate::ebpf::{Capture, CaptureError, CaptureOptions, Claim};
 use crate::identity::Identities;
@@ -44,6 +45,7 @@ const WORKLOADS: &str = "workloads";
 
 /// Runs the agent until it is told to stop. Call it on the control runtime; the data path has `lanes`.
 pub async fn run(config: AgentConfig, log: LogHandle, lanes: Lanes) -> anyhow::Result<()> {
+    check_node(&config)?;
     bound_process();
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
@@ -91,6 +93,7 @@ pub async fn run(config: AgentConfig, log: LogHandle, lanes: Lanes) -> anyhow::R
         connections: show::connections(proxy.connections.clone()),
         ebpf: show::ebpf(capture.clone()),
         fast_paths: show::fast_paths(capture.clone(), workloads.fast_paths()),
+        features: show::features(&capture.features().list()),
     });
     for (listener, scope) in listening {
         tokio::spawn(admin::serve(listener, scope, Arc::clone(&sources)));
@@ -102,14 +105,20 @@ pub async fn run(config: AgentConfig, log: LogHandle, lanes: Lanes) -> anyhow::R
     tokio::spawn(Arc::clone(&proxy).sweep(drain));
     let watching = files.watch(store).context("cannot watch the resource files")?;
     tokio::spawn(workloads.run(readiness.clone(), WORKLOADS));
-    tracing::info!(node = %config.node, admin = %config.admin, "the agent runs");
-
-    stop_signal().await?;
+    stop_signal(&config)?.await;
     readiness.drain();
     sources.metrics.agent().draining.set(1);
     stop(&trigger, config.drain, &proxy).await;
     watching.stop();
     access_log.flush(FLUSH_TIME);
+    Ok(())
+}
+
+/// Before anything is made: refuses where capture is impossible, and warns of what is in its way.
+fn check_node(config: &AgentConfig) -> anyhow::Result<()> {
+    for warning in doctor::before_start(config)? {
+        tracing::warn!("{warning}");
+    }
     Ok(())
 }
 
@@ -232,14 +241,17 @@ async fn forget_idle(sources: Arc<AdminSources>) {
     }
 }
 
-async fn stop_signal() -> anyhow::Result<()> {
+/// Says that the agent runs once it can be told to stop; the future ends with the first signal.
+fn stop_signal(config: &AgentConfig) -> anyhow::Result<impl Future<Output = ()>> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
-    tokio::select! {
-        _ = terminate.recv() => tracing::info!("SIGTERM: finishing what is open"),
-        _ = interrupt.recv() => tracing::info!("SIGINT: finishing what is open"),
-    }
-    Ok(())
+    tracing::info!(node = %config.node, admin = %config.admin, "the agent runs");
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => tracing::info!("SIGTERM: finishing what is open"),
+            _ = interrupt.recv() => tracing::info!("SIGINT: finishing what is open"),
+        }
+    })
 }
 
 /// Lets what is open finish, then cuts and reports the rest.

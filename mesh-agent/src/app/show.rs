@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use super::fast_path::FastPaths;
 use crate::admin::{self, Ask, api, time};
 use crate::config::{AccessLogFormat, AgentConfig, LogFormat};
-use crate::ebpf::Capture;
+use crate::ebpf::{Capture, Feature};
 use crate::proxy::{Connections, Direction};
 
 pub(super) fn config(config: &AgentConfig) -> serde_json::Value {
@@ -73,6 +73,16 @@ pub(super) fn fast_paths(capture: Capture, fast_paths: FastPaths) -> Ask<admin::
     })
 }
 
+pub(super) fn features(features: &[Feature]) -> Vec<api::Feature> {
+    let shown = features.iter().map(|feature| api::Feature {
+        name: feature.name.to_owned(),
+        present: feature.present,
+        since: feature.since.to_owned(),
+        without: feature.without.to_owned(),
+    });
+    shown.collect()
+}
+
 pub(super) fn ebpf(capture: Capture) -> Ask<api::Ebpf> {
     Box::new(move || {
         let state = capture.state();
@@ -101,6 +111,7 @@ pub(super) fn ebpf(capture: Capture) -> Ask<api::Ebpf> {
             kernel: state.kernel,
             layout: state.layout.to_owned(),
             bpffs: state.bpffs.display().to_string(),
+            features: features(&state.features),
             hooks: state.links.into_iter().map(hook).collect(),
             maps: state.maps.into_iter().map(map).collect(),
             workloads: state.workloads.into_iter().map(workload).collect(),

@@ -10,6 +10,7 @@ use clap_complete::Shell;
 
 const EXAMPLES: &str = "\
 Examples:
+  mesh-agent doctor                           whether this node can run the agent
   mesh-agent run --config agent.yaml          run the agent
   mesh-agent validate resources/              check documents without an agent
   mesh-agent status                           how the agent of this node is
@@ -39,6 +40,8 @@ pub enum Command {
         #[arg(long, value_name = "FILE")]
         config: Option<PathBuf>,
     },
+    /// Check whether this node can run the agent, without changing anything on it.
+    Doctor(DoctorArgs),
     /// Check resources, and an agent configuration, without an agent.
     Validate(ValidateArgs),
     /// Show how a running agent is.
@@ -66,6 +69,26 @@ pub enum Command {
     /// Print the script with which a shell completes this command line.
     #[command(after_help = COMPLETIONS)]
     Completions { shell: Shell },
+}
+
+/// Check whether this node can run the agent, without changing anything on it.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// The agent's configuration, as for `run`; every field has a default.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// How to show it.
+    #[arg(short, long, value_enum, default_value_t)]
+    pub output: Shape,
+}
+
+/// How to show what has no more columns.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Shape {
+    #[default]
+    Table,
+    Json,
+    Yaml,
 }
 
 /// Check resources, and an agent configuration, without an agent.

@@ -352,6 +352,15 @@ pub(super) fn ebpf(state: &Ebpf, wide: bool) -> String {
         state.bpffs.clone(),
         String::new(),
     ]);
+    let mut features = Table::new(&["FEATURE", "PRESENT", "SINCE", "WITHOUT"], &[], wide);
+    for feature in state.features.iter().filter(|feature| wide || !feature.present) {
+        features.row([
+            feature.name.clone(),
+            feature.present.to_string(),
+            feature.since.clone(),
+            feature.without.clone(),
+        ]);
+    }
     let mut hooks = Table::new(&["HOOK", "PROGRAM", "LINK"], &[], wide);
     for hook in &state.hooks {
         hooks.row([
@@ -382,6 +391,9 @@ pub(super) fn ebpf(state: &Ebpf, wide: bool) -> String {
             workload.outbound_port.to_string(),
             workload.inbound_port.to_string(),
         ]);
+    }
+    if wide || state.features.iter().any(|feature| !feature.present) {
+        tables.push(features);
     }
     tables.extend([hooks, maps, workloads, counters(&state.counters, wide)]);
     tables.iter().map(Table::render).collect::<Vec<_>>().join("\n")

@@ -6,6 +6,7 @@
 mod age;
 pub mod args;
 mod client;
+mod doctor;
 mod get;
 mod status;
 mod table;
@@ -24,13 +25,16 @@ pub use self::args::{Cli, Command};
 use self::args::{Format, Kind, Output};
 use self::client::Client;
 use crate::admin::api;
+pub use crate::doctor::explain;
 use crate::ebpf;
+use crate::ebpf::examine::{AgentFolder, AgentOwner};
 
 /// Runs any command but `run`, which is not a user's question.
 pub fn execute(command: Command) -> anyhow::Result<ExitCode> {
     let mut stdout = io::stdout().lock();
     match command {
         Command::Run { .. } => anyhow::bail!("`run` is not one of the commands that ask"),
+        Command::Doctor(args) => return doctor::run(&args, &mut stdout),
         Command::Validate(args) => return Ok(validate::run(&args, &mut stdout)?),
         Command::Status { output } => show_status(&output, &mut stdout)?,
         Command::Get {
@@ -70,14 +74,31 @@ fn uninstall(bpffs: &Path, out: &mut impl Write) -> anyhow::Result<()> {
     if removed.is_empty() {
         writeln!(
             out,
-            "Nothing to remove: no agent left anything under {}.",
+            "Nothing to remove: no agent left anything at {}.",
             bpffs.display()
         )?;
+        // It may have been meant for another.
+        for folder in ebpf::examine::agents().unwrap_or_default() {
+            writeln!(out, "{}", with_pins(&folder))?;
+        }
     }
     for path in removed {
         writeln!(out, "removed {}", path.display())?;
     }
     Ok(())
+}
+
+fn with_pins(folder: &AgentFolder) -> String {
+    let path = folder.path.display();
+    match folder.owner {
+        AgentOwner::Nobody => {
+            format!(
+                "{path} has pins of an agent that is gone: `mesh-agent uninstall --bpffs {path}` removes them"
+            )
+        }
+        AgentOwner::Process(process) => format!("{path} has pins of an agent that runs (process {process})"),
+        AgentOwner::Hidden => format!("{path} has pins of an agent that runs"),
+    }
 }
 
 fn yaml(value: &impl serde::Serialize) -> anyhow::Result<String> {

@@ -62,6 +62,11 @@ pub(super) fn render(status: &Status, now: SystemTime) -> String {
             printable(&condition.message)
         );
     }
+    for feature in &status.lacking {
+        let (name, since) = (printable(&feature.name), printable(&feature.since));
+        let without = printable(&feature.without);
+        let _ = writeln!(text, "Kernel lacks: {name} (Linux {since}): {without}");
+    }
     text + &findings(&status.findings)
 }
 

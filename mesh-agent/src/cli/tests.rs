@@ -245,10 +245,23 @@ fn ebpf_shows_what_counted() {
             program_id: 7,
             link_id: 9,
         }],
+        features: vec![
+            lacking(),
+            Feature {
+                name: "bpf_set_retval".into(),
+                present: true,
+                ..lacking()
+            },
+        ],
         counters: BTreeMap::from([("captured".into(), 3), ("map_full".into(), 0)]),
         ..Ebpf::default()
     };
     let text = get::ebpf(&state, false);
+    assert!(
+        text.contains("fast path   false     5.15    all through the agent\n"),
+        "{text}"
+    );
+    assert!(!text.contains("bpf_set_retval"), "{text}");
     assert!(text.contains("connect4   7         9\n"), "{text}");
     assert!(
         text.contains("captured   3\n") && !text.contains("map_full"),
@@ -289,6 +302,16 @@ fn sample_status() -> Status {
             path: "spec.rules".into(),
             message: "unknown field".into(),
         }],
+        lacking: vec![lacking()],
+    }
+}
+
+fn lacking() -> Feature {
+    Feature {
+        name: "fast path".into(),
+        present: false,
+        since: "5.15".into(),
+        without: "all through the agent".into(),
     }
 }
 
@@ -308,6 +331,7 @@ Connections:  0 in, 0 out
 Fast path:    0 connections made, 0 ways open
 Generation:   7
 Not ready:    capture: no cgroup2
+Kernel lacks: fast path (Linux 5.15): all through the agent
 
 SEVERITY   RESOURCE           WHERE                   MESSAGE
 error      HTTPRoute shop/a   bad.yaml:2 spec.rules   unknown field

@@ -3,14 +3,18 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::thread;
 
 use mesh_common::{WorkloadKey, maps};
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{AT_FDCWD, AtFlags, Flock, FlockArg};
 use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+use nix::unistd::{AccessFlags, faccessat};
 
 use super::CaptureError;
+use super::cgroups::Cgroups;
 
 /// The folders that this layout of maps uses.
 #[derive(Clone, Debug)]
@@ -30,34 +34,14 @@ impl Folders {
         }
     }
 
-    /// Makes them. Where there is no BPF filesystem, one is mounted at the parent of our folder, but never over
-    /// anything: that must be an empty folder, as `/sys/fs/bpf` is.
+    /// Makes them, and a BPF filesystem for them where there is none.
     pub(super) fn create(&self) -> Result<(), CaptureError> {
-        let failed = |path: &Path, source: io::Error| CaptureError::Bpffs {
-            path: path.to_owned(),
-            source,
-        };
-        let nearest = self.root.ancestors().find(|folder| folder.exists());
-        let nearest = nearest.unwrap_or_else(|| Path::new("/"));
-        let kind = statfs(nearest).map_err(|error| failed(nearest, error.into()))?;
-        if kind.filesystem_type() != BPF_FS_MAGIC {
-            let parent = self.root.parent().unwrap_or(&self.root);
-            let empty = fs::read_dir(parent).is_ok_and(|mut entries| entries.next().is_none());
-            if !empty {
-                return Err(CaptureError::NotBpffs(self.root.clone()));
-            }
-            mount(
-                Some("bpf"),
-                parent,
-                Some("bpf"),
-                MsFlags::empty(),
-                Some("mode=0700"),
-            )
-            .map_err(|error| failed(parent, error.into()))?;
+        if let PinSite::MountAt(parent) = PinSite::of(&self.root)? {
+            mount_bpffs(&parent)?;
             tracing::info!(path = %parent.display(), "mounted a BPF filesystem");
         }
         for folder in [&self.maps, &self.links] {
-            fs::create_dir_all(folder).map_err(|source| failed(folder, source))?;
+            fs::create_dir_all(folder).map_err(failed(folder))?;
         }
         Ok(())
     }
@@ -66,6 +50,70 @@ impl Folders {
     pub(super) fn workload_link(&self, workload: WorkloadKey, hook: &str) -> PathBuf {
         self.links.join(format!("{WORKLOAD_PREFIX}{workload:x}-{hook}"))
     }
+}
+
+/// Where a folder for pins would come to lie.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PinSite {
+    /// On a BPF filesystem; this much of its path is there.
+    Bpffs(PathBuf),
+    /// On one that is to be mounted at its parent. Nothing is ever mounted over anything: that is an empty folder,
+    /// as `/sys/fs/bpf` is.
+    MountAt(PathBuf),
+}
+
+impl PinSite {
+    pub fn of(folder: &Path) -> Result<Self, CaptureError> {
+        let nearest = folder.ancestors().find(|ancestor| ancestor.exists());
+        let nearest = nearest.unwrap_or_else(|| Path::new("/"));
+        let kind = statfs(nearest).map_err(|error| failed(nearest)(error.into()))?;
+        if kind.filesystem_type() == BPF_FS_MAGIC {
+            return Ok(Self::Bpffs(nearest.to_owned()));
+        }
+        let parent = folder.parent().unwrap_or(folder);
+        let empty = fs::read_dir(parent).is_ok_and(|mut entries| entries.next().is_none());
+        match empty {
+            true => Ok(Self::MountAt(parent.to_owned())),
+            false => Err(CaptureError::NotBpffs(folder.to_owned())),
+        }
+    }
+
+    /// Tries what the agent will do there, out of everybody's sight.
+    pub fn try_out(&self) -> Result<(), CaptureError> {
+        match self {
+            Self::Bpffs(folder) => {
+                let may = AccessFlags::W_OK | AccessFlags::X_OK;
+                faccessat(AT_FDCWD, folder, may, AtFlags::AT_EACCESS)
+                    .map_err(|error| failed(folder)(error.into()))
+            }
+            Self::MountAt(parent) => {
+                // A thread may have a mount namespace of its own, which ends with it.
+                let attempt = || {
+                    let alone = unshare(CloneFlags::CLONE_NEWNS).and_then(|()| {
+                        let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+                        mount(None::<&str>, "/", None::<&str>, private, None::<&str>)
+                    });
+                    alone.map_err(|error| failed(parent)(error.into()))?;
+                    mount_bpffs(parent)
+                };
+                thread::scope(|scope| scope.spawn(attempt).join())
+                    .unwrap_or_else(|_| Err(failed(parent)(io::Error::other("the trial ended early"))))
+            }
+        }
+    }
+}
+
+fn mount_bpffs(folder: &Path) -> Result<(), CaptureError> {
+    let options = Some("mode=0700");
+    mount(Some("bpf"), folder, Some("bpf"), MsFlags::empty(), options).map_err(|error| CaptureError::Mount {
+        path: folder.to_owned(),
+        source: error.into(),
+    })
+}
+
+fn failed(path: &Path) -> impl FnOnce(io::Error) -> CaptureError {
+    let path = path.to_owned();
+    move |source| CaptureError::Bpffs { path, source }
 }
 
 /// One agent's right to a folder, for as long as it lives: a second one would take the first one's workloads, and
@@ -77,15 +125,11 @@ impl Claim {
     /// Makes the folder where it is missing.
     pub fn on(bpffs: &Path) -> Result<Self, CaptureError> {
         Folders::new(bpffs).create()?;
-        let failed = |source: io::Error| CaptureError::Bpffs {
-            path: bpffs.to_owned(),
-            source,
-        };
-        let folder = File::open(bpffs).map_err(failed)?;
+        let folder = File::open(bpffs).map_err(failed(bpffs))?;
         match Flock::lock(folder, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => Ok(Self(lock)),
             Err((_, Errno::EWOULDBLOCK)) => Err(CaptureError::Claimed(bpffs.to_owned())),
-            Err((_, error)) => Err(failed(error.into())),
+            Err((_, error)) => Err(failed(bpffs)(error.into())),
         }
     }
 }
@@ -96,6 +140,15 @@ const WORKLOAD_PREFIX: &str = "workload-";
 pub(super) fn link_owner(name: &str) -> Option<WorkloadKey> {
     let (key, _hook) = name.strip_prefix(WORKLOAD_PREFIX)?.split_once('-')?;
     u64::from_str_radix(key, 16).ok()
+}
+
+/// True for a folder on a BPF filesystem, and for one that is not there any more.
+pub(super) fn may_have_pins(folder: &Path) -> Result<bool, CaptureError> {
+    match statfs(folder) {
+        Ok(found) => Ok(found.filesystem_type() == BPF_FS_MAGIC && folder.is_dir()),
+        Err(Errno::ENOENT) => Ok(true),
+        Err(error) => Err(failed(folder)(error.into())),
+    }
 }
 
 /// File names in `folder`; none if it does not exist.
@@ -111,10 +164,9 @@ pub(super) fn entries(folder: &Path) -> io::Result<Vec<String>> {
 
 /// The root of the cgroup2 hierarchy, wherever this machine has it.
 pub(super) fn cgroup_root() -> Result<PathBuf, CaptureError> {
-    let mounts = fs::read_to_string("/proc/self/mounts").map_err(CaptureError::Mounts)?;
-    cgroup2_mount(&mounts)
-        .map(PathBuf::from)
-        .ok_or(CaptureError::NoCgroup2)
+    let found = Cgroups::find().map_err(CaptureError::Mounts)?;
+    let cgroup = found.v2.into_iter().next().ok_or(CaptureError::NoCgroup2)?;
+    Ok(cgroup.path)
 }
 
 /// A cgroup by its path in the file system, or in the hierarchy (as `/proc/PID/cgroup` has it).
@@ -133,26 +185,9 @@ pub(super) fn open_cgroup(path: &Path) -> Result<File, CaptureError> {
     })
 }
 
-/// The first cgroup2 mount in the text of `/proc/self/mounts`.
-fn cgroup2_mount(mounts: &str) -> Option<&str> {
-    mounts.lines().find_map(|line| {
-        let mut fields = line.split(' ');
-        let path = fields.nth(1)?;
-        (fields.next()? == "cgroup2").then_some(path)
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn finds_cgroup2_beside_version_1() {
-        let mounts = "cgroup /sys/fs/cgroup/cpu cgroup rw,cpu 0 0\n\
-                      cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\n";
-        assert_eq!(cgroup2_mount(mounts), Some("/sys/fs/cgroup/unified"));
-        assert_eq!(cgroup2_mount("proc /proc proc rw 0 0\n"), None);
-    }
 
     #[test]
     fn nothing_is_mounted_over() {

@@ -4,16 +4,19 @@ use std::io;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+use aya::programs::ProgramError;
 use thiserror::Error;
 
 #[derive(Debug, Error)]
 pub enum CaptureError {
     #[error("this agent was built without its eBPF programs: run `cargo xtask build-ebpf`, then build again")]
     NoPrograms,
-    #[error("cannot use {} for pinned programs and maps{}", path.display(), as_root(source))]
+    #[error("cannot use {} for pinned programs and maps", path.display())]
     Bpffs { path: PathBuf, source: io::Error },
-    #[error("{} is on no BPF filesystem, and none is mounted over a folder with something in it: set `bpffs` to a folder below /sys/fs/bpf, or run `mount -t bpf bpf FOLDER` on one of your own first", .0.display())]
+    #[error("{} is on no BPF filesystem, and none can be mounted at its parent, which is not an empty folder", .0.display())]
     NotBpffs(PathBuf),
+    #[error("cannot mount a BPF filesystem at {}", path.display())]
+    Mount { path: PathBuf, source: io::Error },
     #[error("another agent runs with the `bpffs` {}: stop it first, or give this one a folder of its own", .0.display())]
     Claimed(PathBuf),
     #[error("no cgroup2 hierarchy is mounted; run `mount -t cgroup2 none /sys/fs/cgroup`")]
@@ -26,11 +29,8 @@ pub enum CaptureError {
     Object(#[from] aya::EbpfError),
     #[error("the eBPF object has no program {0}; build the agent again")]
     MissingProgram(&'static str),
-    #[error("the kernel does not take the program {name} (Linux 5.10 or newer is needed): {source}")]
-    Program {
-        name: &'static str,
-        source: Box<aya::programs::ProgramError>,
-    },
+    #[error("the kernel refuses the program {name}: {reason}; `mesh-agent doctor` shows what it takes")]
+    Program { name: &'static str, reason: String },
     #[error("cannot find out whether the kernel has {what}: {source}")]
     Probe { what: &'static str, source: io::Error },
     #[error("cannot attach {name}: {source}")]
@@ -59,9 +59,19 @@ pub enum CaptureError {
     Map { map: &'static str, source: io::Error },
     #[error("an agent is alive there: stop it first")]
     AgentAlive,
+    #[error("that is no folder on a BPF filesystem, so no agent has its pins there")]
+    NoPins,
 }
 
 impl CaptureError {
+    /// That the kernel refused a program, in its own words.
+    pub(super) fn program(name: &'static str, error: &ProgramError) -> Self {
+        Self::Program {
+            name,
+            reason: refusal(error),
+        }
+    }
+
     /// The place is not there (yet): to be expected while a workload comes or goes.
     #[must_use]
     pub fn is_missing_place(&self) -> bool {
@@ -75,11 +85,28 @@ impl CaptureError {
     }
 }
 
-fn as_root(error: &io::Error) -> &'static str {
-    match error.kind() {
-        io::ErrorKind::PermissionDenied => "; it takes root to",
-        _ => "",
+/// One line of what may be thousands: the verifier's judgement, and the error number.
+fn refusal(error: &ProgramError) -> String {
+    let ProgramError::LoadError {
+        io_error,
+        verifier_log,
+    } = error
+    else {
+        return error.to_string();
+    };
+    match judgement(&verifier_log.to_string()) {
+        Some(judgement) => format!("{judgement} ({io_error})"),
+        None => io_error.to_string(),
     }
+}
+
+/// The last line of a verifier's log that is not one of its figures.
+fn judgement(log: &str) -> Option<String> {
+    const FIGURES: [&str; 4] = ["processed ", "verification time ", "stack depth ", "peak_states "];
+    let mut lines = log.lines().map(|line| line.trim_matches(['\0', ' ']));
+    lines
+        .rfind(|line| !line.is_empty() && !FIGURES.iter().any(|figure| line.starts_with(figure)))
+        .map(str::to_owned)
 }
 
 fn list(addresses: &[IpAddr]) -> String {
@@ -91,4 +118,21 @@ fn list(addresses: &[IpAddr]) -> String {
         .map(ToString::to_string)
         .collect::<Vec<_>>()
         .join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_verifiers_judgement_is_found_among_its_figures() {
+        let log = "783: (bf) r4 = r1\n784: (1f) r4 -= r2\nR4 pointer -= pointer prohibited\n\
+                   verification time 429 usec\nstack depth 192+0\n\
+                   processed 65 insns (limit 1000000) max_states_per_insn 0 total_states 5\n\0";
+        assert_eq!(
+            judgement(log).as_deref(),
+            Some("R4 pointer -= pointer prohibited")
+        );
+        assert_eq!(judgement("\n"), None);
+    }
 }

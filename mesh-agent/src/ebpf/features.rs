@@ -22,7 +22,7 @@ pub struct Features {
 }
 
 /// One of them, for people.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Feature {
     pub name: &'static str,
     pub present: bool,

@@ -10,13 +10,16 @@
 //! for gone, and the kernel side falls back to each workload's choice (hold or open).
 
 mod bpffs;
+mod cgroups;
 mod clock;
 mod enrol;
 mod error;
+pub mod examine;
 mod fast;
 mod features;
 mod listeners;
 mod maps;
+mod mounts;
 mod namespace;
 mod netns;
 mod place;
@@ -25,7 +28,8 @@ mod state;
 mod sys;
 mod uninstall;
 
-pub use bpffs::Claim;
+pub use bpffs::{Claim, PinSite};
+pub use cgroups::{Cgroup2, Cgroups};
 pub use enrol::{EnrolRequest, Enrolment};
 pub use error::CaptureError;
 pub use fast::{FastPair, FastTraffic, MAX_BACKENDS};
@@ -43,7 +47,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mesh_common::{Flow, Settings, flow_kind};
-use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
 use tokio::time::MissedTickBehavior;
 
 use bpffs::Folders;
@@ -232,7 +236,12 @@ impl Capture {
 
 /// Before 5.11 what is loaded counts as locked memory of the process, which may have 64 KB of that.
 fn lift_memlock_limit() {
-    let lifted = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
+    let all = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
+    // As much as there is for who may not do that.
+    let lifted = all.or_else(|_| {
+        let (_, hard) = getrlimit(Resource::RLIMIT_MEMLOCK)?;
+        setrlimit(Resource::RLIMIT_MEMLOCK, hard, hard)
+    });
     if let Err(error) = lifted {
         // It matters to old kernels only, and these say so when something is loaded.
         tracing::debug!(%error, "cannot lift the limit of locked memory");

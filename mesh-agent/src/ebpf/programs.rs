@@ -14,6 +14,7 @@ use mesh_common::{WorkloadKey, maps};
 use serde::Serialize;
 
 use super::bpffs::Folders;
+use super::examine::Trial;
 use super::sys;
 use super::{CaptureError, Features};
 
@@ -59,7 +60,9 @@ const HOOKS: [Hook; 9] = [
 
 const SOCKOPS: &str = HOOKS[0].name;
 
-const LOOKUP: Hook = hook("lookup", "mesh_lookup", 36);
+pub(super) const LOOKUP_TYPE: u32 = 36;
+
+const LOOKUP: Hook = hook("lookup", "mesh_lookup", LOOKUP_TYPE);
 
 /// Whom a copy of the object serves: nobody in particular, or one workload.
 struct Serves {
@@ -193,6 +196,20 @@ fn load(
     features: &Features,
     max_flows: u32,
 ) -> Result<Ebpf, CaptureError> {
+    load_with(serves, features, max_flows, |loader| {
+        for name in maps::ALL {
+            loader.map_pin_path(name, folders.maps.join(name));
+        }
+    })
+}
+
+/// Loads the object; `pins` says where its maps are.
+fn load_with(
+    serves: &Serves,
+    features: &Features,
+    max_flows: u32,
+    pins: impl FnOnce(&mut EbpfLoader<'_>),
+) -> Result<Ebpf, CaptureError> {
     require_object()?;
     let can_set_errno = u32::from(features.set_errno);
     let netns_in_sockops = u32::from(features.netns_in_sockops);
@@ -207,10 +224,30 @@ fn load(
         .override_global("CAN_SET_ERRNO", &can_set_errno, true)
         .override_global("NETNS_IN_SOCKOPS", &netns_in_sockops, true)
         .override_global("TELLS_NETNS", &tells_netns, true);
-    for name in maps::ALL {
-        loader.map_pin_path(name, folders.maps.join(name));
-    }
+    pins(&mut loader);
     Ok(loader.load(OBJECT)?)
+}
+
+/// Has the verifier look at every program, with maps of its own; nothing is attached, and nothing stays.
+pub(super) fn trial(features: &Features) -> Result<Vec<Trial>, CaptureError> {
+    let nobody = Serves { workload: 0, host: 0 };
+    let mut object = load_with(&nobody, features, maps::MAX_FLOWS, |_| {})?;
+    let hooks = HOOKS.iter().chain([&LOOKUP]);
+    Ok(hooks
+        .map(|hook| Trial {
+            hook: hook.name,
+            refused: match verified(&mut object, hook.program) {
+                Ok(_) => None,
+                Err(CaptureError::Program { reason, .. }) => Some(reason),
+                Err(error) => Some(error.to_string()),
+            },
+        })
+        .collect())
+}
+
+/// The hooks at the cgroup root, by name and `enum bpf_attach_type`.
+pub(super) fn hooks() -> impl Iterator<Item = (&'static str, u32)> {
+    HOOKS.iter().map(|hook| (hook.name, hook.attach_type))
 }
 
 /// The program of that name, after the verifier has seen it.
@@ -224,19 +261,13 @@ fn verified<'a>(object: &'a mut Ebpf, name: &'static str) -> Result<&'a Program,
         Program::SkLookup(program) => SkLookup::load(program),
         _ => return Err(CaptureError::MissingProgram(name)),
     };
-    loaded.map_err(|source| CaptureError::Program {
-        name,
-        source: Box::new(source),
-    })?;
+    loaded.map_err(|error| CaptureError::program(name, &error))?;
     Ok(program)
 }
 
 fn program_fd<'a>(program: &'a Program, name: &'static str) -> Result<&'a ProgramFd, CaptureError> {
     let fd: Result<&ProgramFd, ProgramError> = program.fd();
-    fd.map_err(|source| CaptureError::Program {
-        name,
-        source: Box::new(source),
-    })
+    fd.map_err(|error| CaptureError::program(name, &error))
 }
 
 /// Puts `program` behind the link pinned at `pin`, making the link if it is not there or its target is gone.

@@ -16,13 +16,16 @@ use aya::Pod;
 #[derive(Clone, Copy, Debug)]
 #[repr(u32)]
 enum Command {
+    MapCreate = 0,
     MapLookup = 1,
     MapUpdate = 2,
     MapDelete = 3,
     MapGetNextKey = 4,
     ObjPin = 6,
     ObjGet = 7,
+    ProgramFdById = 13,
     ObjGetInfo = 15,
+    ProgramQuery = 16,
     LinkCreate = 28,
     LinkUpdate = 29,
     LinkDetach = 34,
@@ -71,6 +74,64 @@ struct LinkUpdate {
     old_program: u32,
 }
 
+#[repr(C)]
+struct MapCreate {
+    kind: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+    flags: u32,
+}
+
+#[repr(C)]
+struct ObjectId {
+    id: u32,
+    next: u32,
+    flags: u32,
+}
+
+/// All of it: newer kernels write its last field whatever size they are told.
+#[repr(C)]
+struct ProgramQuery {
+    target: u32,
+    attach_type: u32,
+    query_flags: u32,
+    attach_flags: u32,
+    ids: u64,
+    count: u32,
+    pad: u32,
+    program_flags: u64,
+    link_ids: u64,
+    link_flags: u64,
+    revision: u64,
+}
+
+/// The beginning of `struct bpf_prog_info`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+struct ProgramInfo {
+    kind: u32,
+    id: u32,
+    tag: [u8; 8],
+    jited_len: u32,
+    translated_len: u32,
+    jited: u64,
+    translated: u64,
+    load_time: u64,
+    uid: u32,
+    maps: u32,
+    map_ids: u64,
+    name: [u8; 16],
+}
+
+/// What is attached at a hook.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Query {
+    /// Of the attachment: 0 or `BPF_F_ALLOW_OVERRIDE` keep others out, `BPF_F_ALLOW_MULTI` does not.
+    pub(super) flags: u32,
+    pub(super) ids: Vec<u32>,
+}
+
 /// The beginning of `struct bpf_map_info`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
@@ -101,10 +162,7 @@ pub(super) fn open_pin(path: &Path) -> io::Result<OwnedFd> {
         fd: 0,
         flags: 0,
     };
-    let fd = bpf(Command::ObjGet, &mut attr)?;
-    let fd = i32::try_from(fd).map_err(io::Error::other)?;
-    // SAFETY: a new descriptor that the kernel just gave to us alone.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    bpf(Command::ObjGet, &mut attr).and_then(owned)
 }
 
 pub(super) fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
@@ -129,10 +187,7 @@ pub(super) fn create_link(
         attach_type,
         flags: 0,
     };
-    let fd = bpf(Command::LinkCreate, &mut attr)?;
-    let fd = i32::try_from(fd).map_err(io::Error::other)?;
-    // SAFETY: a new descriptor that the kernel just gave to us alone.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    bpf(Command::LinkCreate, &mut attr).and_then(owned)
 }
 
 /// Replaces a link's program in one step: no connection sees the hook without one.
@@ -144,6 +199,60 @@ pub(super) fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::
         old_program: 0,
     };
     bpf(Command::LinkUpdate, &mut attr).map(drop)
+}
+
+/// Makes the smallest of maps and drops it, to see whether `bpf(2)` can be used.
+pub(super) fn probe() -> io::Result<()> {
+    /// `BPF_MAP_TYPE_ARRAY`
+    const ARRAY: u32 = 2;
+    let mut attr = MapCreate {
+        kind: ARRAY,
+        key_size: 4,
+        value_size: 4,
+        max_entries: 1,
+        flags: 0,
+    };
+    bpf(Command::MapCreate, &mut attr).and_then(owned).map(drop)
+}
+
+/// The programs attached directly at a cgroup or a network namespace.
+pub(super) fn query(target: BorrowedFd<'_>, attach_type: u32) -> io::Result<Query> {
+    /// The kernel's own limit for cgroups, and for network namespaces.
+    const MOST: u32 = 64;
+    let mut ids = vec![0_u32; MOST as usize];
+    let mut attr = ProgramQuery {
+        target: raw(target),
+        attach_type,
+        query_flags: 0,
+        attach_flags: 0,
+        ids: ids.as_mut_ptr() as u64,
+        count: MOST,
+        pad: 0,
+        program_flags: 0,
+        link_ids: 0,
+        link_flags: 0,
+        revision: 0,
+    };
+    bpf(Command::ProgramQuery, &mut attr)?;
+    ids.truncate(attr.count.min(MOST) as usize);
+    Ok(Query {
+        flags: attr.attach_flags,
+        ids,
+    })
+}
+
+/// A program's name, cut by the kernel after 15 bytes. Takes CAP_SYS_ADMIN.
+pub(super) fn program_name(id: u32) -> io::Result<String> {
+    let mut attr = ObjectId {
+        id,
+        next: 0,
+        flags: 0,
+    };
+    let program = bpf(Command::ProgramFdById, &mut attr).and_then(owned)?;
+    let info: ProgramInfo = info(program.as_fd())?;
+    let end = info.name.iter().position(|byte| *byte == 0);
+    let name = &info.name[..end.unwrap_or(info.name.len())];
+    Ok(String::from_utf8_lossy(name).into_owned())
 }
 
 /// Takes a link's program off its hook at once. Without it that happens some time after the last pin is gone.
@@ -235,6 +344,13 @@ fn absent(result: io::Result<libc::c_long>) -> io::Result<bool> {
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(true),
         Err(error) => Err(error),
     }
+}
+
+/// The descriptor that a command returned.
+fn owned(fd: libc::c_long) -> io::Result<OwnedFd> {
+    let fd = i32::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: a new descriptor that the kernel just gave to us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 fn raw(fd: BorrowedFd<'_>) -> u32 {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use mesh_common::maps::{self, HEARTBEAT_LIMIT_NS};
 
-use super::bpffs::{Folders, entries, link_owner};
+use super::bpffs::{self, Folders, entries, link_owner};
 use super::maps::Maps;
 use super::{CaptureError, clock, programs};
 
@@ -14,6 +14,9 @@ use super::{CaptureError, clock, programs};
 ///
 /// Refuses while an agent is alive: it would go on serving connections that no longer come.
 pub fn uninstall(bpffs: &Path) -> Result<Vec<PathBuf>, CaptureError> {
+    if !bpffs::may_have_pins(bpffs)? {
+        return Err(CaptureError::NoPins);
+    }
     let folders = Folders::new(bpffs);
     if Maps::open(&folders.maps).is_ok_and(|maps| is_alive(&maps)) {
         return Err(CaptureError::AgentAlive);
@@ -67,7 +70,7 @@ fn tell(removed: &[PathBuf]) {
     }
 }
 
-fn is_alive(maps: &Maps) -> bool {
+pub(super) fn is_alive(maps: &Maps) -> bool {
     let beat = maps
         .settings
         .get(&0)
@@ -79,7 +82,7 @@ fn is_alive(maps: &Maps) -> bool {
 }
 
 /// `v1`, `v2`, ...
-fn is_layout(name: &str) -> bool {
+pub(super) fn is_layout(name: &str) -> bool {
     name.strip_prefix('v')
         .is_some_and(|version| !version.is_empty() && version.bytes().all(|byte| byte.is_ascii_digit()))
 }

@@ -67,7 +67,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let mut steps = Steps::default();
     let built: Vec<_> = wanted
         .into_iter()
-        .map(|arch| Ok((arch, cross::build_agent(&mut steps, arch)?)))
+        .map(|arch| Ok((arch, cross::build(&mut steps, arch, &[], &[])?)))
         .collect::<Result<_>>()?;
     check_objects(&built)?;
     let mut files = Vec::new();

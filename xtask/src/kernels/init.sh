@@ -16,8 +16,6 @@ for module in /modules/*.ko; do
     insmod "$module" || say broken "the kernel does not take $module"
 done
 ip link set lo up
-# As the unit and the DaemonSet have it: before 5.11 maps and programs count against it.
-ulimit -l unlimited
 say booted "$(uname -rv)"
 
 timeout -s KILL "$DOCTOR_SECONDS" mesh-agent doctor -o json >/tmp/doctor 2>/dev/null

@@ -19,7 +19,7 @@ enum Imports {
 }
 
 /// Every module of the agent, lowest first, and the modules that it may import.
-const LAYERS: [(&str, Imports); 26] = [
+const LAYERS: [(&str, Imports); 27] = [
     ("model", Imports::Only(&[])),
     ("drain", Imports::Only(&[])),
     ("lanes", Imports::Only(&[])),
@@ -45,7 +45,11 @@ const LAYERS: [(&str, Imports); 26] = [
         "admin",
         Imports::Only(&["drain", "identity", "metrics", "model", "store", "telemetry"]),
     ),
-    ("cli", Imports::Only(&["admin", "config", "ebpf", "model"])),
+    ("doctor", Imports::Only(&["config", "ebpf", "identity", "model"])),
+    (
+        "cli",
+        Imports::Only(&["admin", "config", "doctor", "ebpf", "model"]),
+    ),
     ("testing", Imports::Everything),
     ("app", Imports::Everything),
     (

@@ -145,6 +145,16 @@ fn sources(ca: &tempfile::TempDir, log: LogHandle) -> AdminSources {
             ..Default::default()
         }),
         fast_paths: Box::new(FastPaths::default),
+        features: vec![feature("SO_NETNS_COOKIE", true), feature("bpf_set_retval", false)],
+    }
+}
+
+fn feature(name: &str, present: bool) -> api::Feature {
+    api::Feature {
+        name: name.into(),
+        present,
+        since: "5.18".into(),
+        without: format!("{name} is <missed>"),
     }
 }
 

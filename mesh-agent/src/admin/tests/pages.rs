@@ -263,6 +263,9 @@ async fn the_page_for_people_trusts_no_document() {
         reply.body.contains("<b>reviews-1</b>") && !reply.body.contains("<b>reviews-2</b>"),
         "the local one"
     );
+    assert!(
+        reply.body.contains("bpf_set_retval is &lt;missed&gt;") && !reply.body.contains("SO_NETNS_COOKIE")
+    );
     assert!(reply.body.contains("&lt;script&gt;alert(1)") && !reply.body.contains("<script"));
     for path in reply
         .body
@@ -285,7 +288,10 @@ async fn the_status_does_not_walk_the_kernels_maps() {
         });
     })
     .await;
-    let counts = &page.json("/api/v1/status").await["counts"];
+    let status = page.json("/api/v1/status").await;
+    let counts = &status["counts"];
+    assert_eq!(status["lacking"].as_array().unwrap().len(), 1, "{status}");
+    assert_eq!(status["lacking"][0]["name"], "bpf_set_retval");
     assert_eq!(
         (&counts["fastPaths"], &counts["fastPathConnections"]),
         (&json!(3), &json!(4))
