@@ -48,9 +48,9 @@ impl Guest<'_> {
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
-            .with_context(|| format!("cannot run {}", command.get_program().to_string_lossy()))?;
+            .context("cannot run QEMU")?;
         let lines = lines_of(&mut child)?;
-        let outcome = read(&lines, self.limit, line);
+        let outcome = read(&lines, self.limit, SILENCE, line);
         let status = end(&mut child, outcome)?;
         if !status.success() {
             bail!("QEMU ended with {status}");
@@ -64,8 +64,10 @@ impl Guest<'_> {
             // The architecture's own way to authenticate pointers is what emulation spends most of its time with.
             Arch::Arm64 => ("qemu-system-aarch64", "virt", "max,pauth-impdef=on", "ttyAMA0"),
         };
-        let mut command = Command::new(program);
+        // It ends with us, however we end.
+        let mut command = Command::new("setpriv");
         command
+            .args(["--pdeathsig", "KILL", program])
             .args(["-machine", machine, "-cpu", processor, "-m", MEMORY])
             .args(["-accel", "tcg,thread=multi", "-smp", &self.processors.to_string()])
             .args(["-display", "none", "-monitor", "none", "-serial", "stdio"])
@@ -104,18 +106,23 @@ fn lines_of(child: &mut Child) -> Result<Receiver<String>> {
     Ok(receiver)
 }
 
-fn read(lines: &Receiver<String>, limit: Duration, mut line: impl FnMut(&str)) -> Result<()> {
+fn read(
+    lines: &Receiver<String>,
+    limit: Duration,
+    silence: Duration,
+    mut line: impl FnMut(&str),
+) -> Result<()> {
     let end = Instant::now() + limit;
     loop {
         let left = end.saturating_duration_since(Instant::now());
         if left.is_zero() {
             bail!("not done after {} s", limit.as_secs());
         }
-        match lines.recv_timeout(left.min(SILENCE)) {
+        match lines.recv_timeout(left.min(silence)) {
             Ok(text) => line(&text),
             Err(RecvTimeoutError::Disconnected) => return Ok(()),
-            Err(RecvTimeoutError::Timeout) if left > SILENCE => {
-                bail!("it hangs: it said nothing for {} s", SILENCE.as_secs());
+            Err(RecvTimeoutError::Timeout) if left > silence => {
+                bail!("it hangs: it said nothing for {} s", silence.as_secs());
             }
             Err(RecvTimeoutError::Timeout) => {}
         }
@@ -130,7 +137,7 @@ pub(super) fn run_here(
 ) -> Result<Option<i32>> {
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
     let lines = lines_of(&mut child)?;
-    let outcome = read(&lines, limit, line);
+    let outcome = read(&lines, limit, SILENCE, line);
     Ok(end(&mut child, outcome)?.code())
 }
 
@@ -155,7 +162,7 @@ mod tests {
     use std::process::Command;
     use std::time::Duration;
 
-    use super::run_here;
+    use super::{read, run_here, sync_channel};
 
     #[test]
     fn what_hangs_is_ended_and_what_it_said_is_heard() {
@@ -167,6 +174,17 @@ mod tests {
         });
         assert!(error.unwrap_err().to_string().contains("not done"));
         assert_eq!(heard, ["one", "tw\u{fffd}o"]);
+    }
+
+    #[test]
+    fn who_says_nothing_any_more_hangs() {
+        let (sender, lines) = sync_channel(1);
+        sender.send("one".to_owned()).unwrap();
+        let mut heard = 0;
+        let (limit, silence) = (Duration::from_secs(60), Duration::from_millis(50));
+        let error = read(&lines, limit, silence, |_| heard += 1).unwrap_err();
+        assert!(error.to_string().contains("it hangs"), "{error}");
+        assert_eq!(heard, 1);
     }
 
     #[test]

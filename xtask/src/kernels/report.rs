@@ -147,8 +147,13 @@ impl Report {
             // The tests found that the agent runs here.
             Some(_) => {
                 let doctor = self.doctor()?;
-                let refuses = doctor["canRun"] == false;
-                refuses.then(|| format!("the tests passed, but doctor says: {}", doctor["summary"]))
+                let problems = doctor["checks"].as_array().into_iter().flatten();
+                let problems: Vec<_> = problems
+                    .filter(|check| check["level"] == "problem")
+                    .map(|check| check["found"].to_string())
+                    .collect();
+                (doctor["canRun"] == false)
+                    .then(|| format!("the tests passed, but doctor found {}", problems.join(", ")))
             }
         }
     }
