@@ -131,7 +131,7 @@ fn a_cgroup_made_anew_is_another_place() {
 }
 
 /// An agent at home in the pod's namespace: called from there.
-fn start(world: &World, cgroup: &Cgroup, hold: bool) -> (Capture, Agent) {
+pub(crate) fn start(world: &World, cgroup: &Cgroup, hold: bool) -> (Capture, Agent) {
     let capture = Capture::start(&CaptureOptions::new(world.run.bpffs().join("host"))).unwrap();
     let agent = enrol(&capture, cgroup, hold);
     (capture, agent)

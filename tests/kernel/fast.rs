@@ -6,12 +6,12 @@ use std::os::fd::AsRawFd as _;
 use std::time::Duration;
 
 use mesh_agent::ebpf::{Capture, CaptureOptions, EnrolRequest, FastPair, FastTraffic, Place};
-use mesh_tests::{Netns, until};
+use mesh_tests::{Netns, off, until};
 use socket2::{Protocol, SockRef, Socket, Type};
 
 use crate::world::{
     Agent, OUT4, OUT6, PATIENCE, POD4, POD6, World, accept, at, connect, exchange, ip, plain, tcp_socket,
-    try_accept,
+    try_accept, without_multipath,
 };
 
 /// Of both families: (a service's address, the server's own).
@@ -25,8 +25,26 @@ struct Near {
     world: World,
 }
 
+/// Nothing where the kernel has no fast path: there agents open none, and what would take it goes through them.
+fn with_fast_path(world: World) -> Option<World> {
+    if world.capture.features().fast_path() {
+        return Some(world);
+    }
+    let near = Near::make(world);
+    for (service, _) in DESTINATIONS {
+        let _client = near.connect(at(service, 80)).unwrap();
+        assert_eq!(near.client.accept().1, Some(at(service, 80)));
+    }
+    off("fast path").unwrap();
+    None
+}
+
 impl Near {
-    fn new(world: World) -> Self {
+    fn new(world: World) -> Option<Self> {
+        with_fast_path(world).map(Self::make)
+    }
+
+    fn make(world: World) -> Self {
         let client = world.enrol(true);
         let server = enrol(&world.capture, &world.outside, &[OUT4[0], OUT6[0]]);
         let app = listen(&world.outside);
@@ -106,7 +124,9 @@ fn wait_for_closed(capture: &Capture, connections: u64) -> FastTraffic {
 
 #[test]
 fn both_ends_meet_and_are_told_the_truth() {
-    let near = Near::new(World::new());
+    let Some(near) = Near::new(World::new()) else {
+        return;
+    };
     for (service, own) in DESTINATIONS {
         for destination in [at(service, 80), near.server_at(own)] {
             near.open(destination, near.server_at(own));
@@ -149,7 +169,9 @@ fn both_ends_meet_and_are_told_the_truth() {
 /// However a connection ends, what is counted are the bytes of the applications.
 #[test]
 fn bytes_are_counted_whoever_ends_it() {
-    let near = Near::new(World::new());
+    let Some(near) = Near::new(World::new()) else {
+        return;
+    };
     let to = at(DESTINATIONS[0].0, 80);
     near.open(to, near.server_at(OUT4[0]));
     let reset = |stream: &TcpStream| SockRef::from(stream).set_linger(Some(Duration::ZERO)).unwrap();
@@ -176,7 +198,9 @@ fn bytes_are_counted_whoever_ends_it() {
 
 #[test]
 fn what_is_not_open_goes_to_the_agent() {
-    let near = Near::new(World::new());
+    let Some(near) = Near::new(World::new()) else {
+        return;
+    };
     let (service, own) = DESTINATIONS[0];
     let (open, other) = (at(service, 80), at(service, 81));
     near.open(open, near.server_at(own));
@@ -193,7 +217,9 @@ fn what_is_not_open_goes_to_the_agent() {
 
 #[test]
 fn a_flow_that_has_ended_lets_nobody_in_any_more() {
-    let near = Near::new(World::new());
+    let Some(near) = Near::new(World::new()) else {
+        return;
+    };
     let server = near.server_at(OUT4[0]);
     near.open(server, server);
     let from = || {
@@ -220,7 +246,9 @@ fn a_flow_that_has_ended_lets_nobody_in_any_more() {
 
 #[test]
 fn a_socket_that_is_connected_anew_is_let_in_by_no_earlier_way() {
-    let near = Near::new(World::new());
+    let Some(near) = Near::new(World::new()) else {
+        return;
+    };
     let server = near.server_at(OUT4[0]);
     near.open(server, server);
     let socket = near.world.pod.enter(|| tcp_socket(server)).unwrap();
@@ -250,7 +278,9 @@ fn disconnect(socket: &Socket) {
 
 #[test]
 fn without_an_agent_a_holding_workload_is_cut_off() {
-    let near = Near::new(World::new());
+    let Some(near) = Near::new(World::new()) else {
+        return;
+    };
     let to = at(DESTINATIONS[0].0, 80);
     near.open(to, near.server_at(OUT4[0]));
     let Near {
@@ -270,7 +300,9 @@ fn without_an_agent_a_holding_workload_is_cut_off() {
 
 #[test]
 fn a_full_map_refuses_rather_than_letting_in_as_a_stranger() {
-    let near = Near::new(World::with_flows(2));
+    let Some(near) = Near::new(World::with_flows(2)) else {
+        return;
+    };
     let to = at(DESTINATIONS[0].0, 80);
     near.open(to, near.server_at(OUT4[0]));
     // Nobody accepts these.
@@ -290,7 +322,9 @@ fn a_full_map_refuses_rather_than_letting_in_as_a_stranger() {
 
 #[test]
 fn who_does_not_listen_refuses() {
-    let near = Near::new(World::new());
+    let Some(near) = Near::new(World::new()) else {
+        return;
+    };
     let to = at(DESTINATIONS[0].0, 80);
     let nobody = near
         .world
@@ -310,7 +344,9 @@ fn who_does_not_listen_refuses() {
 
 #[test]
 fn of_several_addresses_the_server_sees_the_workloads() {
-    let world = World::new();
+    let Some(world) = with_fast_path(World::new()) else {
+        return;
+    };
     let own: IpAddr = ip(OUT4[1]);
     let client = enrol(&world.capture, &world.outside, &[OUT4[1]]);
     let server = world.enrol(true);
@@ -329,7 +365,9 @@ fn of_several_addresses_the_server_sees_the_workloads() {
 
 #[test]
 fn a_workload_reaches_itself_by_its_service() {
-    let world = World::new();
+    let Some(world) = with_fast_path(World::new()) else {
+        return;
+    };
     let agent = world.enrol(true);
     let app = listen(&world.pod);
     for (service, own) in [("10.96.0.9", POD4), ("fd96::9", POD6)] {
@@ -350,7 +388,9 @@ fn a_workload_reaches_itself_by_its_service() {
 
 #[test]
 fn every_backend_gets_connections() {
-    let near = Near::new(World::new());
+    let Some(near) = Near::new(World::new()) else {
+        return;
+    };
     let other = listen(&near.world.outside);
     let to = at(DESTINATIONS[0].0, 80);
     let server = near.server.enrolment.key();
@@ -370,7 +410,9 @@ fn every_backend_gets_connections() {
 /// As programs dial that know IPv6 sockets only.
 #[test]
 fn an_ipv6_socket_reaches_an_ipv4_service() {
-    let near = Near::new(World::new());
+    let Some(near) = Near::new(World::new()) else {
+        return;
+    };
     near.open(at(DESTINATIONS[0].0, 80), near.server_at(OUT4[0]));
     let mut client = near.connect(at("::ffff:10.96.0.9", 80)).unwrap();
     let (mut served, peer) = accept(&near.app);
@@ -382,7 +424,12 @@ fn an_ipv6_socket_reaches_an_ipv4_service() {
 
 #[test]
 fn multipath_tcp_goes_the_same_way() {
-    let near = Near::new(World::new());
+    if without_multipath() {
+        return;
+    }
+    let Some(near) = Near::new(World::new()) else {
+        return;
+    };
     let to = at(DESTINATIONS[0].0, 80);
     near.open(to, near.server_at(OUT4[0]));
     let multipath = || {
@@ -401,7 +448,9 @@ fn multipath_tcp_goes_the_same_way() {
 
 #[test]
 fn what_was_counted_outlives_the_agent_and_what_was_allowed_does_not() {
-    let near = Near::new(World::new());
+    let Some(near) = Near::new(World::new()) else {
+        return;
+    };
     let to = at(DESTINATIONS[0].0, 80);
     near.open(to, near.server_at(OUT4[0]));
     let mut client = near.connect(to).unwrap();

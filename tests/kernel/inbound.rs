@@ -6,7 +6,7 @@ use std::net::{SocketAddr, TcpListener};
 use mesh_agent::sock;
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::world::{FAMILIES, OUT4, POD4, World, accept, at, connect, exchange, plain};
+use crate::world::{FAMILIES, OUT4, POD4, World, accept, at, connect, exchange, plain, without_multipath};
 
 #[test]
 fn a_connection_comes_to_the_agent_and_the_app_sees_the_client() {
@@ -85,6 +85,9 @@ fn a_multipath_app_sees_the_client() {
 }
 
 pub(crate) fn the_multipath_app_sees_the_client(world: &World) {
+    if without_multipath() {
+        return;
+    }
     let agent = world.enrol(true);
     let namespace = agent.enrolment.namespace();
     let app = world

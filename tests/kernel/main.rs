@@ -1,7 +1,11 @@
 //! The kernel side with its keeper, and a tiny agent in the test itself: every promise of the capture.
 //!
 //! Needs root, cgroup2 and eBPF; fails, rather than skips, where these are missing.
-#![expect(clippy::unwrap_used, reason = "what fails in a helper fails the test")]
+#![expect(
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "what fails in a helper fails the test"
+)]
 
 mod cgroup;
 mod dns;
@@ -14,4 +18,6 @@ mod life;
 mod node;
 mod odd;
 mod outbound;
+mod smoke;
+mod verifier;
 mod world;

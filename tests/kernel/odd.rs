@@ -6,7 +6,9 @@ use std::os::fd::AsRawFd as _;
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::world::{OUT4, PATIENCE, POD4, World, accept, at, connect, exchange, ip, tcp_socket};
+use crate::world::{
+    OUT4, PATIENCE, POD4, World, accept, at, connect, exchange, ip, tcp_socket, without_multipath,
+};
 
 #[test]
 fn a_socket_bound_to_a_device_passes_and_is_counted() {
@@ -73,6 +75,9 @@ fn multipath_tcp_is_captured() {
 }
 
 pub(crate) fn a_captured_multipath_socket(world: &World) {
+    if without_multipath() {
+        return;
+    }
     let agent = world.enrol(true);
     let to = at(OUT4[0], 80);
     let mut app = world.pod.enter(|| multipath(to)).unwrap().unwrap();

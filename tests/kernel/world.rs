@@ -2,12 +2,13 @@
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use mesh_agent::ebpf::{Capture, CaptureOptions, EnrolRequest, Enrolment, Features, Listeners, Place};
-use mesh_tests::{Netns, Run, shell, until};
-use socket2::{Domain, SockRef, Socket, Type};
+use mesh_tests::{Netns, Run, off, shell, until};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::runtime::Runtime;
 
 pub(crate) const POD4: &str = "10.77.0.2";
@@ -197,6 +198,17 @@ pub(crate) fn connect(to: SocketAddr) -> io::Result<TcpStream> {
 
 pub(crate) fn tcp_socket(like: SocketAddr) -> Socket {
     Socket::new(Domain::for_address(like), Type::STREAM, None).unwrap()
+}
+
+/// Whether the kernel is built without multipath TCP; then programs get no such socket that could be captured.
+pub(crate) fn without_multipath() -> bool {
+    let Err(error) = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::MPTCP)) else {
+        return false;
+    };
+    assert_eq!(error.raw_os_error(), Some(libc::EPROTONOSUPPORT));
+    assert!(!Path::new("/proc/sys/net/mptcp").exists());
+    off("multipath TCP").unwrap();
+    true
 }
 
 /// What one end writes the other end reads, both ways.

@@ -7,6 +7,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
+use crate::patience;
+
 /// An admin page that needs longer hangs.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -26,9 +28,9 @@ pub fn get_json(address: SocketAddr, path: &str) -> Result<Value> {
 
 /// Status and body.
 pub fn request(address: SocketAddr, method: &str, path: &str, body: &str) -> Result<(u16, String)> {
-    let mut stream = TcpStream::connect_timeout(&address, TIMEOUT)
+    let mut stream = TcpStream::connect_timeout(&address, patience(TIMEOUT))
         .with_context(|| format!("cannot connect to {address}"))?;
-    stream.set_read_timeout(Some(TIMEOUT))?;
+    stream.set_read_timeout(Some(patience(TIMEOUT)))?;
     // HTTP/1.0: the answer ends with the connection, so there is nothing to decode.
     write!(
         stream,

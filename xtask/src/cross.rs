@@ -37,6 +37,14 @@ impl Arch {
         format!("{}-unknown-linux-gnu", self.rust_name())
     }
 
+    /// As Debian's packages are called.
+    pub(crate) fn debian_name(self) -> &'static str {
+        match self {
+            Self::X86_64 => "amd64",
+            Self::Arm64 => "arm64",
+        }
+    }
+
     /// A program of the GNU tools that makes or reads this architecture's files, such as `gcc`.
     pub(crate) fn gnu_tool(self, tool: &str) -> String {
         format!("{}-linux-gnu-{tool}", self.rust_name())

@@ -11,6 +11,7 @@ mod demo;
 mod dist;
 #[expect(dead_code, reason = "what only the agent's build script needs")]
 mod ebpf_toolchain;
+mod kernels;
 mod lint;
 mod prerequisites;
 mod setup;
@@ -45,6 +46,8 @@ enum Command {
     Lint,
     /// Run every test, those too that need root, the kernel and network peers.
     Test(test::Args),
+    /// Run the kernel tests on every kernel that we support, in QEMU, and show what each has and has not.
+    Kernels(kernels::Args),
     /// What `.ci/run` runs: lint, then test.
     Ci,
 }
@@ -58,6 +61,7 @@ fn main() -> ExitCode {
         Command::Dist(args) => dist::run(&args),
         Command::Lint => lint::run(),
         Command::Test(args) => test::run(&args),
+        Command::Kernels(args) => kernels::run(&args),
         Command::Ci => ci::run(),
     };
     match done {

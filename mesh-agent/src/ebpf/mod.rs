@@ -37,7 +37,7 @@ pub use features::{Feature, Features};
 pub use listeners::Listeners;
 pub use mesh_common::WorkloadKey;
 pub use place::{Place, PlaceIdentity};
-pub use programs::HookState;
+pub use programs::{HookState, object};
 pub use state::{CaptureState, MapState, WorkloadState};
 pub use uninstall::uninstall;
 

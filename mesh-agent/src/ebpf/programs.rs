@@ -22,6 +22,12 @@ use super::{CaptureError, Features};
 /// Made by `build.rs`; empty if the machine had no eBPF compiler.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mesh-ebpf"));
 
+/// The object with all programs, as it is embedded; empty if the machine that built us had no eBPF compiler.
+#[must_use]
+pub fn object() -> &'static [u8] {
+    OBJECT
+}
+
 /// A program attached at the cgroup root.
 struct Hook {
     /// Of the link's pin.

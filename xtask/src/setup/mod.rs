@@ -46,6 +46,14 @@ const PEERS: [(&str, &str); 10] = [
 /// What the bench runs beside them.
 const BENCH: [(&str, &str); 3] = [("haproxy", "haproxy"), ("iperf3", "iperf3"), ("nft", "nftables")];
 
+/// What boots other kernels with a root file system of ours.
+const KERNELS: [(&str, &str); 4] = [
+    ("cpio", "cpio"),
+    ("qemu-system-aarch64", "qemu-system-arm"),
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("xz", "xz-utils"),
+];
+
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Only report what is there and what is missing; fails if something is.
@@ -66,6 +74,8 @@ pub(crate) enum Need {
     Bench,
     /// Compilers for an architecture that this machine is not.
     Cross(Arch),
+    /// QEMU, and what makes a root file system.
+    Kernels,
 }
 
 /// What `cargo xtask setup` installs.
@@ -77,6 +87,7 @@ fn on_demand() -> impl Iterator<Item = Need> {
         .into_iter()
         .filter(|arch| !arch.is_host())
         .map(Need::Cross)
+        .chain([Need::Kernels])
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
@@ -232,6 +243,7 @@ fn examine(needs: &[Need]) -> (Found, Plan) {
             Need::Lint => examine_lint(&mut found, &mut plan),
             Need::Peers => examine_programs(&PEERS, &mut found, &mut plan),
             Need::Bench => examine_programs(&BENCH, &mut found, &mut plan),
+            Need::Kernels => examine_programs(&KERNELS, &mut found, &mut plan),
             Need::Cross(arch) => examine_cross(*arch, &mut found, &mut plan),
         }
     }
