@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use crate::setup::{self, Need};
 use crate::shell::Steps;
-use crate::{lint, test};
+use crate::{kernels, lint, test};
 
 pub(crate) fn run() -> Result<()> {
     let mut steps = Steps::default();
@@ -24,8 +24,9 @@ pub(crate) fn run() -> Result<()> {
 fn run_steps(steps: &mut Steps) -> Result<()> {
     // All at once, before anything long: who is not root learns so now.
     steps.run("set up", || {
-        setup::ensure(&[Need::Build, Need::Lint, Need::Peers])
+        setup::ensure(&[Need::Build, Need::Lint, Need::Peers, Need::Kernels])
     })?;
     lint::run_steps(steps)?;
-    test::run_steps(steps, &test::Args::default())
+    test::run_steps(steps, &test::Args::default())?;
+    kernels::run_steps(steps, &kernels::Args::for_ci())
 }

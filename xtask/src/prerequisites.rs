@@ -65,6 +65,17 @@ pub(crate) fn missing() -> Vec<String> {
 
 /// What the agent itself finds missing here, with what to do; empty if it can run.
 pub(crate) fn unfit(agent: &Path) -> Result<Vec<String>> {
+    let report = doctor(agent)?;
+    let problems = problems(&report);
+    // One that fails without a reason, or has a reason and does not fail, is itself broken.
+    if problems.is_empty() != (report["canRun"] == true) {
+        bail!("`mesh-agent doctor` contradicts itself: {report:#}");
+    }
+    Ok(problems)
+}
+
+/// What the agent's own doctor finds here, of an agent with ports that nobody has.
+pub(crate) fn doctor(agent: &Path) -> Result<Value> {
     let folder = shell::target_dir().join("doctor");
     fs::create_dir_all(folder.join("resources"))?;
     let config = folder.join("agent.yaml");
@@ -75,15 +86,13 @@ pub(crate) fn unfit(agent: &Path) -> Result<Vec<String>> {
     let output = doctor
         .output()
         .with_context(|| format!("cannot run {}", agent.display()))?;
-    let report = serde_json::from_slice(&output.stdout)
+    let report: Value = serde_json::from_slice(&output.stdout)
         .with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())
         .context("`mesh-agent doctor` tells nothing")?;
-    let problems = problems(&report);
-    // One that fails without a reason, or has a reason and does not fail, is itself broken.
-    if problems.is_empty() != output.status.success() {
+    if output.status.success() != (report["canRun"] == true) {
         bail!("`mesh-agent doctor` ended with {}: {report:#}", output.status);
     }
-    Ok(problems)
+    Ok(report)
 }
 
 fn problems(report: &Value) -> Vec<String> {

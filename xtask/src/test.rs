@@ -3,9 +3,11 @@
 //! No test skips itself. What a machine cannot run is found before anything is built, and is an error that
 //! says why; with `--allow-missing` it is listed instead.
 
+use std::fs;
 use std::path::Path;
 
 use anyhow::{Result, bail};
+use serde_json::Value;
 
 use crate::build_ebpf;
 use crate::prerequisites;
@@ -93,11 +95,24 @@ fn listed(reasons: &[String]) -> String {
 
 fn privileged(agent: &Path, args: &Args) -> Result<()> {
     let mut cargo = shell::cargo("test");
+    let folder = tempfile::tempdir()?;
+    let records = folder.path().join("records");
     // The very agent that users run, with the object inside.
     cargo
         .args(["--package", "mesh-tests"])
-        .env("MESH_AGENT_BIN", agent);
-    cargo_test(cargo, args)
+        .env("MESH_AGENT_BIN", agent)
+        .env("MESH_TESTS_RECORD", &records);
+    let outcome = cargo_test(cargo, args);
+    for line in fs::read_to_string(&records).unwrap_or_default().lines() {
+        let record: Value = serde_json::from_str(line)?;
+        if record["about"] == "off" {
+            eprintln!(
+                "==> {} found nothing to test: this kernel has no {}",
+                record["test"], record["what"]
+            );
+        }
+    }
+    outcome
 }
 
 fn cargo_test(mut cargo: std::process::Command, args: &Args) -> Result<()> {

@@ -34,7 +34,7 @@ use crate::prerequisites;
 use crate::setup::{self, Need};
 use crate::shell::Steps;
 use guest::Guest;
-use report::{News, Report};
+use report::{Expected, News, Report};
 use rootfs::{Contents, Userland};
 use rows::{Kernel, Row};
 use table::{Format, Outcome};
@@ -75,10 +75,31 @@ pub(crate) struct Args {
     filter: Option<String>,
 }
 
+impl Args {
+    /// One kernel beside the machine's own, on each architecture.
+    pub(crate) fn for_ci() -> Self {
+        Self {
+            arch: Vec::new(),
+            kernel: vec![Kernel::V6_1],
+            jobs: None,
+            update: false,
+            format: Format::Table,
+            output: None,
+            filter: None,
+        }
+    }
+}
+
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let rows = rows::wanted(&args.kernel, &args.arch)?;
     let mut steps = Steps::default();
-    let shared = Shared::prepare(&mut steps, args, &rows);
+    let outcome = run_steps(&mut steps, args);
+    steps.print_times();
+    outcome
+}
+
+pub(crate) fn run_steps(steps: &mut Steps, args: &Args) -> Result<()> {
+    let rows = rows::wanted(&args.kernel, &args.arch)?;
+    let shared = Shared::prepare(steps, args, &rows);
     let outcomes = steps.run(&format!("{} kernels", rows.len()), || {
         Ok(run_all(&rows, shared.jobs, |row| run_row(&shared, row)))
     })?;
@@ -88,7 +109,6 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             eprintln!("\n---- {}:\n{evidence}", outcome.row);
         }
     }
-    steps.print_times();
     if let Some(file) = &args.output {
         fs::write(file, table::draw(&outcomes, Format::Json))
             .with_context(|| format!("cannot write {}", file.display()))?;
@@ -202,7 +222,10 @@ fn run_row(shared: &Shared<'_>, row: Row) -> Outcome {
     // A failure to run says more than what the run then did not say.
     let problem = match ran {
         Err(error) => Some(format!("{error:#}")),
-        Ok(()) => report.problem(),
+        Ok(()) => report.problem(&Expected {
+            all_tests: shared.filter.is_none(),
+            lacks: row.release.map(|release| release.lacks),
+        }),
     };
     teller.say(problem.as_deref().unwrap_or("passed"));
     Outcome {
@@ -279,7 +302,7 @@ fn here(shared: &Shared<'_>, row: Row, report: &mut Report, teller: &mut Teller)
     let kernel = |file: &str| fs::read_to_string(Path::new("/proc/sys/kernel").join(file));
     let (release, version) = (kernel("osrelease")?, kernel("version")?);
     report.kernel = Some(format!("{} {}", release.trim(), version.trim()));
-    report.set_doctor(doctor(&programs.agent)?);
+    report.set_doctor(prerequisites::doctor(&programs.agent)?.to_string());
     let scratch = tempfile::tempdir()?;
     let record = scratch.path().join("record");
     let mut tests = Command::new(programs.program("kernel")?);
@@ -295,13 +318,8 @@ fn here(shared: &Shared<'_>, row: Row, report: &mut Report, teller: &mut Teller)
     for line in fs::read_to_string(&record).unwrap_or_default().lines() {
         report.record(line);
     }
+    report.end();
     Ok(())
-}
-
-/// What the agent's doctor says; nothing, of an agent without one.
-fn doctor(agent: &Path) -> Result<String> {
-    let output = Command::new(agent).args(["doctor", "-o", "json"]).output()?;
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 /// Tells the person who waits how a row goes.

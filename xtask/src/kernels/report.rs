@@ -31,7 +31,21 @@ pub(super) struct Report {
     output: Vec<String>,
     last: Vec<String>,
     in_tests: bool,
+    /// It has told everything.
+    ended: bool,
 }
+
+/// What there must be for a pass.
+#[derive(Debug, Default)]
+pub(super) struct Expected {
+    /// No test was left out by a filter.
+    pub(super) all_tests: bool,
+    /// Exactly what the kernel may lack; `None` where that is not known.
+    pub(super) lacks: Option<&'static [&'static str]>,
+}
+
+/// Programs in the object.
+const PROGRAMS: usize = 10;
 
 /// Something that a person who waits wants to hear of at once.
 #[derive(Debug, PartialEq, Eq)]
@@ -68,6 +82,7 @@ impl Report {
                 self.exit = rest.parse().ok();
             }
             "record" => self.record(rest),
+            "end" => self.end(),
             _ => {}
         }
         None
@@ -107,6 +122,11 @@ impl Report {
         }
     }
 
+    /// Nothing more comes.
+    pub(super) fn end(&mut self) {
+        self.ended = true;
+    }
+
     pub(super) fn set_doctor(&mut self, told: String) {
         self.doctor = told;
     }
@@ -122,7 +142,7 @@ impl Report {
     }
 
     /// Why this run is no pass, in one line.
-    pub(super) fn problem(&self) -> Option<String> {
+    pub(super) fn problem(&self, expected: &Expected) -> Option<String> {
         if let Some(broken) = self.broken.first() {
             return Some(broken.clone());
         }
@@ -144,18 +164,53 @@ impl Report {
                 self.total
             )),
             Some((0, _)) => Some("there was no test to run".to_owned()),
-            // The tests found that the agent runs here.
-            Some(_) => {
-                let doctor = self.doctor()?;
-                let problems = doctor["checks"].as_array().into_iter().flatten();
-                let problems: Vec<_> = problems
-                    .filter(|check| check["level"] == "problem")
-                    .map(|check| check["found"].to_string())
-                    .collect();
-                (doctor["canRun"] == false)
-                    .then(|| format!("the tests passed, but doctor found {}", problems.join(", ")))
-            }
+            _ if !self.ended => Some("it ended before it had told everything".to_owned()),
+            Some(_) => self
+                .doctors_problem()
+                .or_else(|| self.missing_record(expected))
+                .or_else(|| self.unexpectedly_off(expected)),
         }
+    }
+
+    /// The tests found that the agent runs here, so doctor must say that it can.
+    fn doctors_problem(&self) -> Option<String> {
+        let Some(doctor) = self.doctor() else {
+            return Some("the tests passed, but doctor said nothing that can be read".to_owned());
+        };
+        if doctor["canRun"] == true {
+            return None;
+        }
+        let problems = doctor["checks"].as_array().into_iter().flatten();
+        let problems: Vec<_> = problems
+            .filter(|check| check["level"] == "problem")
+            .map(|check| check["found"].to_string())
+            .collect();
+        Some(format!(
+            "the tests passed, but doctor found {}",
+            problems.join(", ")
+        ))
+    }
+
+    fn missing_record(&self, expected: &Expected) -> Option<String> {
+        let programs = self.records("verifier").count();
+        let told = self.records("capture").count() > 0 && programs >= PROGRAMS;
+        (expected.all_tests && !told).then(|| {
+            format!(
+                "the tests passed, but told of {programs} programs, and not of what is attached and probed"
+            )
+        })
+    }
+
+    /// A probe that errs would turn tests off that should run.
+    fn unexpectedly_off(&self, expected: &Expected) -> Option<String> {
+        let lacks = expected.lacks?;
+        let mut off = self
+            .records("off")
+            .map(|record| record["what"].as_str().unwrap_or_default());
+        let surprise = off.find(|what| !lacks.contains(what))?;
+        Some(format!(
+            "tests were off for want of {surprise}, which this kernel has"
+        ))
     }
 
     /// What to show of a run that did not pass.
@@ -187,11 +242,16 @@ fn count_before(line: &str, word: &str) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use super::{News, Report};
+    use super::{Expected, News, Report};
+
+    const KNOWN: Expected = Expected {
+        all_tests: false,
+        lacks: Some(&["MPTCP"]),
+    };
 
     const PASSED: &str = "@kernels booted 6.1.0-56-cloud-amd64 #1 SMP Debian 6.1.192-2 (2026-11-16)
 @kernels doctor {
-@kernels doctor   \"verdict\": \"ok\"}
+@kernels doctor   \"canRun\": true}
 @kernels tests
 
 running 2 tests
@@ -215,7 +275,7 @@ test result: ok. 2 passed; 0 failed; 0 ignored; 0 measured; 3 filtered out; fini
     #[test]
     fn a_pass_is_told_in_full() {
         let (report, news) = read(PASSED);
-        assert_eq!(report.problem(), None);
+        assert_eq!(report.problem(&KNOWN), None);
         assert_eq!((report.passed, report.total), (2, 2));
         let kernel = "6.1.0-56-cloud-amd64 #1 SMP Debian 6.1.192-2 (2026-11-16)";
         assert_eq!(news[0], News::Booted(kernel.to_owned()));
@@ -223,19 +283,26 @@ test result: ok. 2 passed; 0 failed; 0 ignored; 0 measured; 3 filtered out; fini
         assert_eq!(news.len(), 3);
         assert_eq!(report.records("verifier").next().unwrap()["stack"], 8);
         assert_eq!(report.records("off").count(), 1);
-        assert_eq!(report.doctor().unwrap()["verdict"], "ok");
+        assert_eq!(report.doctor().unwrap()["canRun"], true);
+        let all = Expected {
+            all_tests: true,
+            ..KNOWN
+        };
+        assert!(report.problem(&all).unwrap().contains("told of 1 programs"));
+        let newer = Expected {
+            lacks: Some(&[]),
+            ..KNOWN
+        };
+        assert!(report.problem(&newer).unwrap().contains("for want of MPTCP"));
+        assert_eq!(report.problem(&Expected::default()), None);
     }
 
     #[test]
     fn every_end_before_the_end_is_a_problem() {
         let lines: Vec<_> = PASSED.lines().collect();
-        let exit = lines
-            .iter()
-            .position(|line| line.starts_with("@kernels exit"))
-            .unwrap();
-        for end in 0..exit {
+        for end in 0..lines.len() {
             let (report, _) = read(&lines[..end].join("\n"));
-            assert!(report.problem().is_some(), "{:?}", &lines[..end]);
+            assert!(report.problem(&KNOWN).is_some(), "{:?}", &lines[..end]);
         }
         for (from, to) in [
             ("exit 0", "exit 101"),
@@ -244,13 +311,16 @@ test result: ok. 2 passed; 0 failed; 0 ignored; 0 measured; 3 filtered out; fini
             ("2 passed; 0 failed", "1 passed; 1 failed"),
             ("running 2 tests", "running 3 tests"),
             ("{\"about\":\"off\"", "{\"about\":[  5.1] oops"),
+            ("\"canRun\": true", "\"canRun\": false"),
+            ("\"canRun\": true", "Segmentation fault"),
+            ("@kernels end", "Kernel panic - not syncing"),
             (
                 "@kernels doctor {",
                 "@kernels broken the kernel does not take veth",
             ),
         ] {
             let (report, _) = read(&PASSED.replace(from, to));
-            assert!(report.problem().is_some(), "{to}");
+            assert!(report.problem(&KNOWN).is_some(), "{to}");
         }
         let nothing = PASSED
             .replace("running 2 tests", "running 0 tests")
@@ -258,7 +328,10 @@ test result: ok. 2 passed; 0 failed; 0 ignored; 0 measured; 3 filtered out; fini
         let nothing = nothing
             .replace("test a::one ... ok\n", "")
             .replace("test a::two ... ok\n", "");
-        assert_eq!(read(&nothing).0.problem().unwrap(), "there was no test to run");
+        assert_eq!(
+            read(&nothing).0.problem(&KNOWN).unwrap(),
+            "there was no test to run"
+        );
     }
 
     #[test]
@@ -269,7 +342,7 @@ test result: ok. 2 passed; 0 failed; 0 ignored; 0 measured; 3 filtered out; fini
         );
         let (report, news) = read(&failed.replace("exit 0", "exit 101"));
         assert!(news.contains(&News::Failed("a::two".to_owned())));
-        assert_eq!(report.problem().unwrap(), "one test failed");
+        assert_eq!(report.problem(&KNOWN).unwrap(), "one test failed");
         assert!(report.evidence().contains("why"));
         let (hung, _) = read("one\ntwo");
         assert_eq!(hung.evidence(), "one\ntwo");

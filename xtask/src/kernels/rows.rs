@@ -12,6 +12,8 @@ use crate::cross::Arch;
 pub(super) struct Release {
     pub(super) name: &'static str,
     pub(super) suite: &'static str,
+    /// What tests may find missing: nothing else.
+    pub(super) lacks: &'static [&'static str],
 }
 
 /// The oldest that we support, and each long-term one since that Debian has.
@@ -19,14 +21,17 @@ const RELEASES: [Release; 3] = [
     Release {
         name: "5.10",
         suite: "bullseye",
+        lacks: &["fast path", "multipath TCP"],
     },
     Release {
         name: "6.1",
         suite: "bookworm",
+        lacks: &[],
     },
     Release {
         name: "6.12",
         suite: "trixie",
+        lacks: &[],
     },
 ];
 
