@@ -43,6 +43,7 @@ fn a_good_node_passes_and_nothing_is_changed() {
     );
     assert_eq!(report.json["canRun"], true);
     assert_eq!(report.json["summary"], "this node can run mesh-agent");
+    assert_eq!(report.json["agentRuns"], false);
     let checks = report.json["checks"].as_array().unwrap().iter();
     let ids: Vec<_> = checks.map(|check| check["id"].as_str().unwrap()).collect();
     for id in [
@@ -94,6 +95,13 @@ fn an_agent_that_runs_is_known() {
     let number = format!("process {} is an agent", process.id());
     assert!(found.starts_with(&number), "{found}");
     assert_eq!(report.told("admin").0, "ok", "{:?}", report.told("admin"));
+    assert_eq!(report.json["agentRuns"], true);
+    let summary = report.json["summary"].as_str().unwrap();
+    let (can, running) = summary.split_once(": ").unwrap();
+    assert_eq!(
+        (can, running),
+        ("this node can run mesh-agent, and does", &*found)
+    );
     let connect = report.json["hooks"].as_array().unwrap();
     let connect = connect.iter().find(|hook| hook["hook"] == "connect4").unwrap();
     let owners = connect["programs"].as_array().unwrap().iter();
