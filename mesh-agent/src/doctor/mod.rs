@@ -213,7 +213,7 @@ impl Node {
         let mut neighbours = Vec::new();
         match Cgroups::find() {
             Ok(cgroups) => {
-                checks.push(cgroup::judge(&cgroups));
+                checks.extend(cgroup::check(&cgroups, version));
                 if let Some(cgroup) = cgroups.v2.first() {
                     let (check, found) = neighbours::check(&cgroup.path, &agents, own);
                     checks.extend(check);
