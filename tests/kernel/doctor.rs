@@ -2,10 +2,10 @@
 
 use std::fs;
 use std::io;
-use std::path::Path;
-use std::process::Command;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 
-use mesh_tests::{program, shell};
+use mesh_tests::{program, shell, until};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{Gid, Uid, setgid, setuid};
@@ -13,6 +13,7 @@ use nix::unistd::{Gid, Uid, setgid, setuid};
 use crate::cgroup::Cgroup;
 use crate::foreign::{self, Attach};
 use crate::node::{Node, taken};
+use crate::world::PATIENCE;
 
 /// Numbers of `linux/capability.h`.
 const NET_ADMIN: libc::c_ulong = 12;
@@ -42,6 +43,7 @@ fn a_good_node_passes_and_nothing_is_changed() {
         report.json
     );
     assert_eq!(report.json["canRun"], true);
+    assert_eq!(report.json["agentRuns"], false);
     assert_eq!(report.json["summary"], "this node can run mesh-agent");
     let checks = report.json["checks"].as_array().unwrap().iter();
     let ids: Vec<_> = checks.map(|check| check["id"].as_str().unwrap()).collect();
@@ -93,6 +95,13 @@ fn an_agent_that_runs_is_known() {
     assert_eq!(level, "note");
     let number = format!("process {} is an agent", process.id());
     assert!(found.starts_with(&number), "{found}");
+    assert_eq!(report.json["agentRuns"], true);
+    let summary = report.json["summary"].as_str().unwrap();
+    let (can, running) = summary.split_once(": ").unwrap();
+    assert_eq!(
+        (can, running),
+        ("this node can run mesh-agent, and does", &*found)
+    );
     assert_eq!(report.told("admin").0, "ok", "{:?}", report.told("admin"));
     let connect = report.json["hooks"].as_array().unwrap();
     let connect = connect.iter().find(|hook| hook["hook"] == "connect4").unwrap();
@@ -293,6 +302,11 @@ fn a_part_of_the_hierarchy_captures_a_part_of_the_machine() {
             "hostPath",
         ],
     );
+    // A cgroup in which nothing runs is nobody.
+    let nobody = cgroup.path.join("nobody");
+    fs::create_dir(&nobody).unwrap();
+    assert_eq!(node.doctor().problems(), ["cgroup2"]);
+    fs::remove_dir(&nobody).unwrap();
     // Who has others below itself may be a node in a container.
     let below = Below::create(&cgroup);
     let report = node.doctor();
@@ -439,19 +453,30 @@ fn uninstalling_the_wrong_folder_says_so() {
     assert!(!node.config.bpffs.exists());
 }
 
-/// A cgroup below another, as a container's processes are below a node's.
-struct Below(std::path::PathBuf);
+/// A process in a cgroup below another, as a container's are below a node's.
+struct Below {
+    path: PathBuf,
+    process: Child,
+}
 
 impl Below {
     fn create(cgroup: &Cgroup) -> Self {
         let path = cgroup.path.join("below");
         fs::create_dir(&path).unwrap();
-        Self(path)
+        // It lives for as long as its input is open.
+        let process = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        fs::write(path.join("cgroup.procs"), process.id().to_string()).unwrap();
+        Self { path, process }
     }
 }
 
 impl Drop for Below {
     fn drop(&mut self) {
-        fs::remove_dir(&self.0).unwrap();
+        // Waiting closes its input.
+        self.process.wait().unwrap();
+        let removed = until("the cgroup to be empty", PATIENCE, || {
+            fs::remove_dir(&self.path).ok()
+        });
+        removed.unwrap();
     }
 }

@@ -5,7 +5,9 @@ use std::io;
 use std::net::TcpListener;
 use std::time::Duration;
 
-use mesh_agent::ebpf::{self, Capture, CaptureError, CaptureOptions, EnrolRequest, Place, PlaceIdentity};
+use mesh_agent::ebpf::{
+    self, Capture, CaptureError, CaptureOptions, Claim, EnrolRequest, Place, PlaceIdentity,
+};
 use mesh_tests::{Netns, shell, until};
 
 use crate::world::{
@@ -271,6 +273,23 @@ fn uninstall_leaves_nothing_but_spares_the_living() {
     let _client = world.pod.enter(|| connect(at(OUT4[0], 80))).unwrap().unwrap();
     accept(&server);
     assert!(ebpf::uninstall(&folder).unwrap().is_empty(), "twice is no error");
+}
+
+#[test]
+fn uninstall_spares_an_agent_by_its_claim_alone() {
+    let world = World::new();
+    let folder = world.run.bpffs().join("agent");
+    let claim = Claim::on(&folder).unwrap();
+    world.enrol(true).die(&world.capture);
+    // Of another layout, and without workloads: nothing that this program reads says that it lives.
+    fs::rename(folder.join("v2"), folder.join("v1")).unwrap();
+    let links = || fs::read_dir(folder.join("v1/links")).unwrap().count();
+    let before = links();
+    assert!(matches!(ebpf::uninstall(&folder), Err(CaptureError::AgentAlive)));
+    assert!(before > 0 && links() == before);
+    drop(claim);
+    assert!(!ebpf::uninstall(&folder).unwrap().is_empty());
+    assert!(!folder.exists());
 }
 
 #[test]

@@ -3,6 +3,7 @@
 //! What only shows when programs are loaded, the agent's own `doctor` finds once it is built.
 
 use std::fs;
+use std::io;
 use std::path::Path;
 use std::process::Command;
 
@@ -42,11 +43,11 @@ pub(crate) fn missing() -> Vec<String> {
         "cgroup2 is not mounted: `mount -t cgroup2 none /sys/fs/cgroup`, or a folder in it",
     );
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let user_namespace = fs::read_link("/proc/self/ns/user").unwrap_or_default();
+    let user_namespace = namespace("/proc/self/ns/user");
     if let Some(reason) = unprivileged(
         nix::unistd::geteuid().is_root(),
         &status,
-        &user_namespace.to_string_lossy(),
+        user_namespace.as_deref(),
     ) {
         // The rest follows from it.
         reasons.push(reason);
@@ -110,14 +111,24 @@ fn problems(report: &Value) -> Vec<String> {
         .collect()
 }
 
+/// What the link of a namespace says; `None` on kernels that have none of its kind.
+fn namespace(link: &str) -> Option<String> {
+    match fs::read_link(link) {
+        Ok(link) => Some(link.to_string_lossy().into_owned()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        // It may be any.
+        Err(_) => Some(String::new()),
+    }
+}
+
 /// Why this process is not what the kernel takes for root.
-fn unprivileged(is_root: bool, status: &str, user_namespace: &str) -> Option<String> {
+fn unprivileged(is_root: bool, status: &str, user_namespace: Option<&str>) -> Option<String> {
     if !is_root {
         return Some(format!(
             "network namespaces and eBPF programs need root: {AS_ROOT}"
         ));
     }
-    if user_namespace != FIRST_USER_NAMESPACE {
+    if user_namespace.is_some_and(|namespace| namespace != FIRST_USER_NAMESPACE) {
         return Some(format!(
             "root of this user namespace may not load eBPF programs: {AS_ROOT}"
         ));
@@ -156,7 +167,8 @@ mod tests {
     use serde_json::json;
 
     use super::{
-        AS_ROOT, FIRST_USER_NAMESPACE, OLDEST_KERNEL, has_cgroup2, kernel_version, problems, unprivileged,
+        AS_ROOT, FIRST_USER_NAMESPACE, OLDEST_KERNEL, has_cgroup2, kernel_version, namespace, problems,
+        unprivileged,
     };
 
     #[test]
@@ -176,16 +188,19 @@ mod tests {
     fn who_only_looks_like_root_is_told_so() {
         let status = |effective: u64| format!("Name:\tx\nCapEff:\t{effective:016x}\n");
         let all = status((1 << 41) - 1);
-        assert_eq!(unprivileged(true, &all, FIRST_USER_NAMESPACE), None);
+        let first = Some(FIRST_USER_NAMESPACE);
+        assert_eq!(unprivileged(true, &all, first), None);
+        assert_eq!(namespace("/proc/self/ns/of-no-kind"), None);
+        assert_eq!(unprivileged(true, &all, None), None, "there are no others");
         let docker = status(0xa804_25fb);
         for (reason, expected) in [
-            (unprivileged(false, &all, FIRST_USER_NAMESPACE), "need root"),
-            (unprivileged(true, &all, "user:[1]"), "user namespace"),
+            (unprivileged(false, &all, first), "need root"),
+            (unprivileged(true, &all, Some("user:[1]")), "user namespace"),
             (
-                unprivileged(true, &docker, FIRST_USER_NAMESPACE),
+                unprivileged(true, &docker, first),
                 "this root lacks CAP_NET_ADMIN and CAP_SYS_ADMIN",
             ),
-            (unprivileged(true, "", FIRST_USER_NAMESPACE), "CAP_SYS_ADMIN"),
+            (unprivileged(true, "", first), "CAP_SYS_ADMIN"),
         ] {
             let reason = reason.unwrap();
             assert!(reason.contains(expected) && reason.ends_with(AS_ROOT), "{reason}");

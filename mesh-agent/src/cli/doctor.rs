@@ -90,6 +90,7 @@ mod tests {
         hooks.details.push("connect4: \x1b[31mx".to_owned());
         let report = Report {
             can_run: false,
+            agent_runs: false,
             summary: "this node cannot run mesh-agent: 1 problem (hooks)".to_owned(),
             version: "1",
             kernel: "6.1".to_owned(),

@@ -2,10 +2,38 @@
 
 use std::io;
 
+use super::kernel::Version;
 use super::{Check, Group, Level};
 use crate::ebpf::Cgroups;
 
-pub(super) fn judge(cgroups: &Cgroups) -> Check {
+/// The first one that knows the cgroup2 of each socket whatever version 1 does. Before, net_cls and net_prio kept their
+/// marks in its place: once there is one, new sockets count as those of the root.
+const KEEPS_CGROUP2: Version = Version(5, 15);
+
+pub(super) fn check(cgroups: &Cgroups, version: Option<Version>) -> Vec<Check> {
+    [Some(judge(cgroups)), membership(cgroups, version)]
+        .into_iter()
+        .flatten()
+        .collect()
+}
+
+/// `None` where nothing can come between a socket and its cgroup2.
+fn membership(cgroups: &Cgroups, version: Option<Version>) -> Option<Check> {
+    let may_be_lost = cgroups.v1_marks_sockets && version < Some(KEEPS_CGROUP2);
+    (may_be_lost && !cgroups.v2.is_empty()).then(|| {
+        Check::ok(
+            Group::Cgroup,
+            "socket-cgroups",
+            "version 1 has net_cls or net_prio: once one of them is used, kernels before 5.15 do not know the cgroup2 of new sockets, and workloads given by cgroup pass uncaptured",
+        )
+        .but(
+            Level::Warning,
+            "start the kernel with `cgroup_no_v1=net_cls,net_prio`, use Linux 5.15 or newer, or give workloads by network namespace",
+        )
+    })
+}
+
+fn judge(cgroups: &Cgroups) -> Check {
     let Some(cgroup) = cgroups.v2.first() else {
         return missing(cgroups);
     };
@@ -19,7 +47,7 @@ pub(super) fn judge(cgroups: &Cgroups) -> Check {
         )),
         (true, _) => check(format!("cgroup2 is mounted at {path}, whole")),
         (false, Some(false)) => check(format!(
-            "the cgroup2 mounted at {path} is not the root of the hierarchy, and nothing else runs in it: no pod would be captured"
+            "the cgroup2 mounted at {path} is not the root of the hierarchy, and nothing runs in cgroups below it: no pod would be captured"
         ))
         .but(Level::Problem, advice),
         (false, _) => check(format!(
@@ -76,6 +104,7 @@ mod tests {
         Cgroups {
             v2: v2.iter().map(cgroup).collect(),
             v1,
+            v1_marks_sockets: false,
             supported: true,
         }
     }
@@ -111,6 +140,35 @@ mod tests {
             let check = judge(&found);
             assert_eq!(check.level, level, "{check}");
             assert!(check.to_string().contains(text), "{check}");
+        }
+    }
+
+    #[test]
+    fn old_kernels_lose_cgroups_of_sockets_to_version_1() {
+        let hybrid = Cgroups {
+            v1_marks_sockets: true,
+            ..cgroups(&[(true, Some(true))], 9)
+        };
+        let (old, new) = (Some(Version(5, 14)), Some(Version(5, 15)));
+        let checks = check(&hybrid, old);
+        let [_, warning] = &*checks else {
+            panic!("{checks:?}")
+        };
+        assert_eq!(warning.level, Level::Warning);
+        assert!(
+            warning.to_string().contains("cgroup_no_v1=net_cls,net_prio"),
+            "{warning}"
+        );
+        let without = Cgroups {
+            v1_marks_sockets: false,
+            ..hybrid.clone()
+        };
+        let only_v1 = Cgroups {
+            v2: Vec::new(),
+            ..hybrid.clone()
+        };
+        for (cgroups, version) in [(&hybrid, new), (&without, old), (&only_v1, old)] {
+            assert_eq!(check(cgroups, version).len(), 1, "{cgroups:?} {version:?}");
         }
     }
 }

@@ -48,10 +48,7 @@ pub(super) fn check(version: Option<Version>) -> Vec<Check> {
     checks.extend([
         syscall(examine::bpf_syscall(), &privileges),
         btf(fs::exists("/sys/kernel/btf/vmlinux").unwrap_or_default()),
-        jit(
-            read("/proc/sys/net/core/bpf_jit_enable").as_deref(),
-            is_host_network(),
-        ),
+        jit(setting("/proc/sys/net/core/bpf_jit_enable"), is_host_network()),
         lockdown(read("/sys/kernel/security/lockdown").as_deref()),
     ]);
     checks
@@ -63,9 +60,12 @@ pub(super) fn is_host_network() -> bool {
 }
 
 /// A setting of one line.
+fn setting(path: &str) -> io::Result<String> {
+    Ok(fs::read_to_string(path)?.trim().to_owned())
+}
+
 fn read(path: &str) -> Option<String> {
-    let text = fs::read_to_string(path).ok()?;
-    Some(text.trim().to_owned())
+    setting(path).ok()
 }
 
 fn kernel(release: &str, version: Option<Version>) -> Check {
@@ -73,8 +73,12 @@ fn kernel(release: &str, version: Option<Version>) -> Check {
     match version {
         Some(version) if version >= OLDEST => check,
         Some(_) => check.but(
-            Level::Problem,
-            format!("use Linux {}.{} or newer", OLDEST.0, OLDEST.1),
+            // Distributions bring newer helpers into older kernels: the programs' trial is what decides.
+            Level::Warning,
+            format!(
+                "use Linux {}.{} or newer: older ones lack what the programs need, unless their distribution added it",
+                OLDEST.0, OLDEST.1
+            ),
         ),
         None => check.but(
             Level::Note,
@@ -124,20 +128,28 @@ fn btf(present: bool) -> Check {
     Check::ok(Group::Kernel, "btf", found)
 }
 
-fn jit(setting: Option<&str>, is_host: bool) -> Check {
+fn jit(setting: io::Result<String>, is_host: bool) -> Check {
     let check = |found: &str| Check::ok(Group::Kernel, "jit", found);
     match setting {
-        Some("0") => check("the BPF JIT is off: programs are interpreted, which is several times slower")
-            .but(
+        Ok(off) if off == "0" => {
+            check("the BPF JIT is off: programs are interpreted, which is several times slower").but(
                 Level::Warning,
                 "run `sysctl net.core.bpf_jit_enable=1`, and put that into /etc/sysctl.d",
-            ),
-        Some(_) => check("the BPF JIT is on"),
-        None if is_host => {
+            )
+        }
+        Ok(_) => check("the BPF JIT is on"),
+        // Only root may read it.
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            check(&format!("whether the BPF JIT is on cannot be read: {error}")).but(
+                Level::Note,
+                "run this as root, or see `sysctl net.core.bpf_jit_enable` on the host",
+            )
+        }
+        Err(_) if is_host => {
             check("the kernel has no BPF JIT: programs are interpreted, which is several times slower")
                 .but(Level::Warning, "use a kernel with CONFIG_BPF_JIT=y")
         }
-        None => check("whether the BPF JIT is on is not seen from this network namespace")
+        Err(_) => check("whether the BPF JIT is on is not seen from this network namespace")
             .but(Level::Note, "see `sysctl net.core.bpf_jit_enable` on the host"),
     }
 }
@@ -195,7 +207,9 @@ mod tests {
     fn versions_compare_as_numbers() {
         assert_eq!(Version::parse("6.18.0-cloud-amd64"), Some(Version(6, 18)));
         assert!(Version::parse("5.4.0").unwrap() < OLDEST);
-        assert_eq!(kernel("5.4.0", Version::parse("5.4.0")).level, Level::Problem);
+        let old = kernel("5.4.0", Version::parse("5.4.0"));
+        assert_eq!(old.level, Level::Warning, "a number refuses nobody");
+        assert!(old.to_string().contains("use Linux 5.10 or newer"), "{old}");
         assert_eq!(kernel("5.10.0-28", Version::parse("5.10.0-28")).level, Level::Ok);
         assert_eq!(kernel("x", Version::parse("x")).level, Level::Note);
     }
@@ -235,15 +249,27 @@ mod tests {
 
     #[test]
     fn without_jit_programs_are_slow() {
-        assert_eq!(jit(Some("1"), true).level, Level::Ok);
-        assert_eq!(jit(Some("2"), true).level, Level::Ok);
-        assert!(
-            jit(Some("0"), true)
-                .to_string()
-                .contains("net.core.bpf_jit_enable=1")
-        );
-        assert!(jit(None, true).to_string().contains("CONFIG_BPF_JIT"));
-        assert_eq!(jit(None, false).level, Level::Note);
+        let set = |value: &str| jit(Ok(value.to_owned()), true);
+        assert_eq!(set("1").level, Level::Ok);
+        assert_eq!(set("2").level, Level::Ok);
+        assert!(set("0").to_string().contains("net.core.bpf_jit_enable=1"));
+        let absent = |is_host| jit(setting("/proc/sys/of-no-kernel"), is_host);
+        assert_eq!(absent(true).level, Level::Warning);
+        assert!(absent(true).to_string().contains("CONFIG_BPF_JIT"));
+        assert_eq!(absent(false).level, Level::Note);
+    }
+
+    #[test]
+    fn a_setting_that_cannot_be_read_says_nothing_of_the_kernel() {
+        for is_host in [true, false] {
+            let check = jit(Err(io::Error::from_raw_os_error(libc::EACCES)), is_host);
+            assert_eq!(check.level, Level::Note);
+            assert!(
+                check.to_string().contains("cannot be read: Permission denied"),
+                "{check}"
+            );
+            assert!(!check.to_string().contains("CONFIG_BPF_JIT"), "{check}");
+        }
     }
 
     #[test]

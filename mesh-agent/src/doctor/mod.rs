@@ -106,6 +106,8 @@ impl fmt::Display for Check {
 #[serde(rename_all = "camelCase")]
 pub struct Report {
     pub can_run: bool,
+    /// An agent runs with the configured `bpffs`: a second one there would refuse to start.
+    pub agent_runs: bool,
     pub summary: String,
     /// Of the agent that looked.
     pub version: &'static str,
@@ -128,8 +130,13 @@ pub fn examine(config: Option<&Path>, node_name: Option<&str>) -> Report {
         neighbours,
         agents,
     } = Node::look(config.as_ref().ok().map(|config| &*config.bpffs));
+    let mut running = None;
     match config {
-        Ok(config) => checks.extend(settings::check(&config, &agents)),
+        Ok(config) => {
+            let owner = settings::owner(&config.bpffs, &agents);
+            checks.extend(settings::check(&config, owner));
+            running = settings::running(&config.bpffs, owner);
+        }
         Err(invalid) => checks.push(settings::invalid(invalid.findings)),
     }
     let (trial, outcome) = programs::check();
@@ -141,7 +148,8 @@ pub fn examine(config: Option<&Path>, node_name: Option<&str>) -> Report {
     let can_run = problems.is_empty();
     Report {
         can_run,
-        summary: summary(&problems),
+        agent_runs: running.is_some(),
+        summary: summary(&problems, running.as_deref()),
         version: env!("CARGO_PKG_VERSION"),
         kernel: kernel::release(),
         arch: std::env::consts::ARCH,
@@ -152,12 +160,14 @@ pub fn examine(config: Option<&Path>, node_name: Option<&str>) -> Report {
     }
 }
 
-fn summary(problems: &[&Check]) -> String {
+/// `running` is the agent that runs, in words.
+fn summary(problems: &[&Check], running: Option<&str>) -> String {
     let ids: Vec<_> = problems.iter().map(|check| check.id).collect();
-    match ids.len() {
-        0 => "this node can run mesh-agent".to_owned(),
-        1 => format!("this node cannot run mesh-agent: 1 problem ({})", ids[0]),
-        count => format!(
+    match (ids.len(), running) {
+        (0, None) => "this node can run mesh-agent".to_owned(),
+        (0, Some(running)) => format!("this node can run mesh-agent, and does: {running}"),
+        (1, _) => format!("this node cannot run mesh-agent: 1 problem ({})", ids[0]),
+        (count, _) => format!(
             "this node cannot run mesh-agent: {count} problems ({})",
             ids.join(", ")
         ),
@@ -203,7 +213,7 @@ impl Node {
         let mut neighbours = Vec::new();
         match Cgroups::find() {
             Ok(cgroups) => {
-                checks.push(cgroup::judge(&cgroups));
+                checks.extend(cgroup::check(&cgroups, version));
                 if let Some(cgroup) = cgroups.v2.first() {
                     let (check, found) = neighbours::check(&cgroup.path, &agents, own);
                     checks.extend(check);
@@ -235,4 +245,28 @@ pub fn explain(error: &(dyn Error + 'static)) -> String {
         cause = error.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_summary_counts_problems_and_tells_of_an_agent() {
+        let check = |id| Check::ok(Group::Kernel, id, "").but(Level::Problem, "");
+        let (one, other) = (check("bpf"), check("hooks"));
+        assert_eq!(summary(&[], None), "this node can run mesh-agent");
+        assert_eq!(
+            summary(&[], Some("process 7 is an agent")),
+            "this node can run mesh-agent, and does: process 7 is an agent"
+        );
+        assert_eq!(
+            summary(&[&one], Some("process 7 is an agent")),
+            "this node cannot run mesh-agent: 1 problem (bpf)"
+        );
+        assert_eq!(
+            summary(&[&one, &other], None),
+            "this node cannot run mesh-agent: 2 problems (bpf, hooks)"
+        );
+    }
 }

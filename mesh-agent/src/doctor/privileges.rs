@@ -1,6 +1,7 @@
 //! What this process may do: capabilities, and the namespaces in which they count.
 
 use std::fs;
+use std::io;
 
 use super::kernel::{Version, is_host_network};
 use super::{Check, Group, Level};
@@ -41,10 +42,10 @@ impl Privileges {
 
     pub(super) fn own() -> Self {
         let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-        Self::parse(&status, &namespace("user"))
+        Self::parse(&status, namespace("user").as_deref())
     }
 
-    fn parse(status: &str, user_namespace: &str) -> Self {
+    fn parse(status: &str, user_namespace: Option<&str>) -> Self {
         let field = |name: &str| {
             let line = status.lines().find_map(|line| line.strip_prefix(name));
             line.unwrap_or_default().trim()
@@ -55,7 +56,7 @@ impl Privileges {
             effective: u64::from_str_radix(field("CapEff:"), 16).unwrap_or_default(),
             user: user.parse().unwrap_or(u32::MAX),
             is_filtered: field("Seccomp:") == "2",
-            is_confined: user_namespace != FIRST_USER,
+            is_confined: !is_first(user_namespace, FIRST_USER),
         }
     }
 
@@ -77,11 +78,19 @@ impl Privileges {
     }
 }
 
-/// What the link of this process's namespace says.
-fn namespace(kind: &str) -> String {
-    let link = fs::read_link(format!("/proc/self/ns/{kind}"));
-    link.map(|link| link.to_string_lossy().into_owned())
-        .unwrap_or_default()
+/// What the link of this process's namespace says; `None` on kernels that have no namespaces of this kind.
+fn namespace(kind: &str) -> Option<String> {
+    match fs::read_link(format!("/proc/self/ns/{kind}")) {
+        Ok(link) => Some(link.to_string_lossy().into_owned()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        // It may be any.
+        Err(_) => Some(String::new()),
+    }
+}
+
+/// Without namespaces of a kind, all processes are where the first one would be.
+fn is_first(namespace: Option<&str>, first: &str) -> bool {
+    namespace.is_none_or(|namespace| namespace == first)
 }
 
 pub(super) fn check(version: Option<Version>) -> Vec<Check> {
@@ -89,7 +98,7 @@ pub(super) fn check(version: Option<Version>) -> Vec<Check> {
     vec![
         user_namespace(privileges.is_confined),
         capabilities(&privileges, version),
-        namespaces(is_host_network(), &namespace("pid")),
+        namespaces(is_host_network(), namespace("pid").as_deref()),
     ]
 }
 
@@ -135,9 +144,9 @@ fn capabilities(privileges: &Privileges, version: Option<Version>) -> Check {
     found.but(Level::Problem, advice)
 }
 
-fn namespaces(is_host_network: bool, pid: &str) -> Check {
+fn namespaces(is_host_network: bool, pid: Option<&str>) -> Check {
     let check = |found: &str| Check::ok(Group::Privileges, "namespaces", found);
-    match (is_host_network, pid == FIRST_PID) {
+    match (is_host_network, is_first(pid, FIRST_PID)) {
         (true, true) => check("network and processes are the host's"),
         (true, false) => check("the network is the host's; processes of the host are not seen").but(
             Level::Note,
@@ -157,7 +166,7 @@ mod tests {
     #[test]
     fn privileges_are_read() {
         let status = "Name:\tx\nUid:\t1000\t1000\t1000\t1000\nCapEff:\t0000000000200000\nSeccomp:\t2\n";
-        let read = Privileges::parse(status, FIRST_USER);
+        let read = Privileges::parse(status, Some(FIRST_USER));
         assert_eq!(
             read,
             Privileges {
@@ -168,9 +177,19 @@ mod tests {
             }
         );
         assert!(read.may_load() && !read.may_raise_limits());
-        assert!(!Privileges::parse("", FIRST_USER).may_load());
-        let confined = Privileges::parse(status, "user:[4026532001]");
+        assert!(!Privileges::parse("", Some(FIRST_USER)).may_load());
+        let confined = Privileges::parse(status, Some("user:[4026532001]"));
         assert!(confined.is_confined && !confined.may_load() && !confined.may_mount());
+        assert!(Privileges::parse(status, Some("")).is_confined);
+    }
+
+    #[test]
+    fn a_kernel_without_namespaces_confines_nobody() {
+        assert_eq!(namespace("of-no-kind"), None);
+        assert!(namespace("mnt").unwrap().starts_with("mnt:["));
+        let status = "Uid:\t0\t0\t0\t0\nCapEff:\t000001ffffffffff\nSeccomp:\t0\n";
+        assert_eq!(Privileges::parse(status, None), Privileges::ALL);
+        assert_eq!(namespaces(true, None).level, Level::Ok);
     }
 
     #[test]
@@ -207,8 +226,8 @@ mod tests {
     fn namespaces_tell_containers() {
         assert_eq!(user_namespace(false).level, Level::Ok);
         assert_eq!(user_namespace(true).level, Level::Problem);
-        assert_eq!(namespaces(true, FIRST_PID).level, Level::Ok);
-        assert!(namespaces(true, "pid:[1]").advice.contains("hostPID"));
-        assert!(namespaces(false, FIRST_PID).advice.contains("hostNetwork"));
+        assert_eq!(namespaces(true, Some(FIRST_PID)).level, Level::Ok);
+        assert!(namespaces(true, Some("pid:[1]")).advice.contains("hostPID"));
+        assert!(namespaces(false, Some(FIRST_PID)).advice.contains("hostNetwork"));
     }
 }

@@ -18,11 +18,27 @@ use crate::ebpf::examine::{AgentFolder, AgentOwner};
 use crate::identity::Identities;
 use crate::model::Severity;
 
-pub(super) fn check(config: &AgentConfig, agents: &[AgentFolder]) -> Vec<Check> {
-    let owner = agents
+/// Who runs with a folder.
+pub(super) fn owner(bpffs: &Path, agents: &[AgentFolder]) -> AgentOwner {
+    agents
         .iter()
-        .find(|agent| agent.path == config.bpffs)
-        .map_or(AgentOwner::Nobody, |agent| agent.owner);
+        .find(|agent| agent.path == bpffs)
+        .map_or(AgentOwner::Nobody, |agent| agent.owner)
+}
+
+/// The same in words; `None` if nobody does.
+pub(super) fn running(bpffs: &Path, owner: AgentOwner) -> Option<String> {
+    let folder = bpffs.display();
+    match owner {
+        AgentOwner::Nobody => None,
+        AgentOwner::Process(process) => {
+            Some(format!("process {process} is an agent that runs with {folder}"))
+        }
+        AgentOwner::Hidden => Some(format!("an agent that is not seen from here runs with {folder}")),
+    }
+}
+
+pub(super) fn check(config: &AgentConfig, owner: AgentOwner) -> Vec<Check> {
     vec![
         bpffs(&config.bpffs),
         agent(&config.bpffs, owner),
@@ -68,27 +84,12 @@ pub(super) fn bpffs(folder: &Path) -> Check {
 
 fn agent(folder: &Path, owner: AgentOwner) -> Check {
     let check = |found: String| Check::ok(Group::Configuration, "agent", found);
-    let folder = folder.display();
-    match owner {
-        AgentOwner::Nobody => check(format!("no agent runs with {folder}")),
-        AgentOwner::Process(process) => {
-            check(format!("process {process} is an agent that runs with {folder}"))
-        }
-        AgentOwner::Hidden => check(format!("an agent that is not seen from here runs with {folder}")),
-    }
-    .but_note(
-        owner != AgentOwner::Nobody,
-        "a second one there would refuse to start: stop it first, or give the new one another `bpffs`",
-    )
-}
-
-impl Check {
-    fn but_note(self, holds: bool, advice: &str) -> Self {
-        if holds {
-            self.but(Level::Note, advice)
-        } else {
-            self
-        }
+    match running(folder, owner) {
+        None => check(format!("no agent runs with {}", folder.display())),
+        Some(running) => check(running).but(
+            Level::Note,
+            "a second one there would refuse to start: stop it first, or give the new one another `bpffs`",
+        ),
     }
 }
 
@@ -308,6 +309,22 @@ mod tests {
         let elsewhere = "192.0.2.1:80".parse().unwrap();
         let check = address("admin", "admin.address", elsewhere, AgentOwner::Nobody);
         assert!(check.to_string().contains("no address 192.0.2.1"), "{check}");
+    }
+
+    #[test]
+    fn an_agent_is_known_by_its_folder() {
+        let folder = Path::new("/sys/fs/bpf/mesh-agent");
+        assert_eq!(owner(folder, &[]), AgentOwner::Nobody);
+        assert_eq!(running(folder, AgentOwner::Nobody), None);
+        let seen = running(folder, AgentOwner::Process(812)).unwrap();
+        assert_eq!(
+            seen,
+            "process 812 is an agent that runs with /sys/fs/bpf/mesh-agent"
+        );
+        let check = agent(folder, AgentOwner::Hidden);
+        assert_eq!(check.level, Level::Note);
+        assert!(check.found.contains("not seen from here"), "{check}");
+        assert_eq!(agent(folder, AgentOwner::Nobody).level, Level::Ok);
     }
 
     #[test]

@@ -126,6 +126,19 @@ impl Claim {
     pub fn on(bpffs: &Path) -> Result<Self, CaptureError> {
         Folders::new(bpffs).create()?;
         let folder = File::open(bpffs).map_err(failed(bpffs))?;
+        Self::lock(folder, bpffs)
+    }
+
+    /// Makes nothing; `None` where the folder is missing.
+    pub(super) fn on_existing(bpffs: &Path) -> Result<Option<Self>, CaptureError> {
+        match File::open(bpffs) {
+            Ok(folder) => Self::lock(folder, bpffs).map(Some),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(failed(bpffs)(error)),
+        }
+    }
+
+    fn lock(folder: File, bpffs: &Path) -> Result<Self, CaptureError> {
         match Flock::lock(folder, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => Ok(Self(lock)),
             Err((_, Errno::EWOULDBLOCK)) => Err(CaptureError::Claimed(bpffs.to_owned())),
@@ -195,6 +208,20 @@ mod tests {
         fs::write(dir.path().join("precious"), "data").unwrap();
         let error = Folders::new(&dir.path().join("pins")).create().unwrap_err();
         assert!(matches!(error, CaptureError::NotBpffs(_)), "{error}");
+    }
+
+    #[test]
+    fn a_folder_has_one_claim_and_none_is_made_for_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = Claim::on_existing(dir.path()).unwrap();
+        assert!(first.is_some());
+        let second = Claim::on_existing(dir.path()).unwrap_err();
+        assert!(matches!(second, CaptureError::Claimed(_)), "{second}");
+        drop(first);
+        assert!(Claim::on_existing(dir.path()).unwrap().is_some());
+        let missing = dir.path().join("missing");
+        assert!(Claim::on_existing(&missing).unwrap().is_none());
+        assert!(!missing.exists());
     }
 
     #[test]

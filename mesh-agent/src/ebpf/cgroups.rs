@@ -1,12 +1,12 @@
 //! The cgroup hierarchies of this machine, as far as this process sees them.
 //!
 //! What runs outside of the cgroup where the programs are attached is not captured, so it matters whether what is
-//! mounted is the whole hierarchy or only a container's own part of it.
+//! mounted is the whole hierarchy or only a container's own part of it. Workloads that are known by their cgroup are
+//! captured where the kernel knows the cgroup2 of each socket.
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process;
 
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
@@ -19,6 +19,8 @@ pub struct Cgroups {
     pub v2: Vec<Cgroup2>,
     /// How many hierarchies of version 1 are mounted.
     pub v1: usize,
+    /// A hierarchy of version 1 has net_cls or net_prio, mounted here or where this process does not see it.
+    pub v1_marks_sockets: bool,
     /// The kernel knows cgroup2.
     pub supported: bool,
 }
@@ -29,18 +31,22 @@ pub struct Cgroup2 {
     pub path: PathBuf,
     /// Nothing is above it.
     pub is_root: bool,
-    /// Whether more than this process runs in it or below it, if that can be read.
+    /// Whether processes run in cgroups below it, if that can be read. Those beside this one in the same cgroup are of
+    /// its own container: a shell or an init that started it.
     pub has_others: Option<bool>,
 }
 
 impl Cgroups {
     pub fn find() -> io::Result<Self> {
         let mounts = mounts::all()?;
-        let kinds = fs::read_to_string("/proc/filesystems").unwrap_or_default();
+        let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         Ok(Self {
             v2: preferred(mounts.iter().filter_map(Cgroup2::at).collect()),
             v1: mounts.iter().filter(|mount| mount.kind == "cgroup").count(),
-            supported: kinds.lines().any(|line| line.ends_with("\tcgroup2")),
+            v1_marks_sockets: marks_sockets(&read("/proc/cgroups")),
+            supported: read("/proc/filesystems")
+                .lines()
+                .any(|line| line.ends_with("\tcgroup2")),
         })
     }
 }
@@ -53,15 +59,11 @@ impl Cgroup2 {
     }
 
     fn of(folder: &Path) -> Self {
-        let read = |name: &str| fs::read_to_string(folder.join(name)).ok();
-        let (stat, processes) = (read("cgroup.stat"), read("cgroup.procs"));
         Self {
             path: folder.to_owned(),
             // The only cgroup without a type is the root of all; that of a cgroup namespace has one.
             is_root: !folder.join("cgroup.type").exists(),
-            has_others: stat
-                .zip(processes)
-                .map(|(stat, processes)| has_others(&stat, &processes, process::id())),
+            has_others: has_others(folder).ok(),
         }
     }
 }
@@ -73,10 +75,24 @@ fn preferred(mut found: Vec<Cgroup2>) -> Vec<Cgroup2> {
     found
 }
 
-/// Of the text of `cgroup.stat` and `cgroup.procs`, where processes of other namespaces are 0.
-fn has_others(stat: &str, processes: &str, own: u32) -> bool {
-    let own = own.to_string();
-    !stat.lines().any(|line| line == "nr_descendants 0") || processes.lines().any(|process| process != own)
+/// Whether a cgroup right below has processes, in itself or further below: `cgroup.events` speaks for both.
+fn has_others(folder: &Path) -> io::Result<bool> {
+    for entry in fs::read_dir(folder)? {
+        // Files of the cgroup itself have none, and a cgroup may end meanwhile.
+        let events = fs::read_to_string(entry?.path().join("cgroup.events")).unwrap_or_default();
+        if events.lines().any(|line| line == "populated 1") {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Of the text of `/proc/cgroups`: a controller's name and its hierarchy, which is 0 if no version 1 has it.
+fn marks_sockets(controllers: &str) -> bool {
+    controllers.lines().any(|line| {
+        let mut words = line.split_whitespace();
+        matches!(words.next(), Some("net_cls" | "net_prio")) && words.next() != Some("0")
+    })
 }
 
 #[cfg(test)]
@@ -99,13 +115,37 @@ mod tests {
     }
 
     #[test]
-    fn one_process_alone_has_no_others() {
-        let stat = "nr_descendants 0\nnr_dying_descendants 3\n";
-        assert!(!has_others(stat, "42\n", 42));
-        assert!(!has_others(stat, "", 42));
-        assert!(has_others(stat, "42\n7\n", 42));
-        assert!(has_others(stat, "0\n42\n", 42));
-        assert!(has_others("nr_descendants 12\n", "", 42));
+    fn others_are_those_in_cgroups_below() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
+        let others = || Cgroup2::of(dir.path()).has_others;
+        // An init, a shell and this process; their own cgroup is populated.
+        write("cgroup.procs", "0\n41\n42\n");
+        write("cgroup.stat", "nr_descendants 2\nnr_dying_descendants 3\n");
+        write("cgroup.events", "populated 1\nfrozen 0\n");
+        assert_eq!(others(), Some(false));
+        for name in ["a", "b"] {
+            fs::create_dir(dir.path().join(name)).unwrap();
+        }
+        write("a/cgroup.events", "populated 0\nfrozen 0\n");
+        assert_eq!(others(), Some(false), "nothing runs in what is below");
+        write("b/cgroup.events", "populated 1\nfrozen 0\n");
+        assert_eq!(others(), Some(true));
+        assert_eq!(Cgroup2::of(&dir.path().join("c")).has_others, None);
+    }
+
+    #[test]
+    fn version_1_marks_sockets_where_it_has_the_controllers() {
+        let controllers = |net_cls: u32, net_prio: u32| {
+            format!(
+                "#subsys_name\thierarchy\tnum_cgroups\tenabled\n\
+                 cpu\t1\t1\t1\nnet_cls\t{net_cls}\t2\t1\nnet_prio\t{net_prio}\t2\t1\n"
+            )
+        };
+        assert!(!marks_sockets(&controllers(0, 0)));
+        assert!(marks_sockets(&controllers(4, 0)));
+        assert!(marks_sockets(&controllers(0, 5)));
+        assert!(!marks_sockets(""));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use mesh_common::WorkloadKey;
 use mesh_common::maps::{self, HEARTBEAT_LIMIT_NS};
 
-use super::bpffs::{self, Folders, entries, link_owner};
+use super::bpffs::{self, Claim, Folders, entries, link_owner};
 use super::maps::Maps;
 use super::{CaptureError, clock, programs, sys};
 
@@ -19,6 +19,11 @@ pub fn uninstall(bpffs: &Path) -> Result<Vec<PathBuf>, CaptureError> {
     if !bpffs::may_have_pins(bpffs)? {
         return Err(CaptureError::NoPins);
     }
+    // An agent has it from before its first pin, whatever its layout and its workloads, and none starts meanwhile.
+    let _claim = Claim::on_existing(bpffs).map_err(|error| match error {
+        CaptureError::Claimed(_) => CaptureError::AgentAlive,
+        error => error,
+    })?;
     let folders = Folders::new(bpffs);
     if Maps::open(&folders.maps).is_ok_and(|maps| is_alive(&maps)) {
         return Err(CaptureError::AgentAlive);

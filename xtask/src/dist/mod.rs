@@ -24,6 +24,9 @@ use crate::shell::{self, Steps};
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
+/// What the name of the file with debugging information ends with.
+const DEBUG_SUFFIX: &str = ".debug";
+
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 In the output folder, for each architecture:
@@ -78,7 +81,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         })?);
     }
     steps.run("check", || {
-        sums::write(&folder, &files)?;
+        sums::write(&folder, &files, time)?;
         sums::check(&folder)
     })?;
     for file in files.iter().map(String::as_str).chain([sums::FILE]) {
@@ -136,7 +139,10 @@ impl Package {
     /// Makes the tarball of a built agent, and the file with its debugging information; returns their names.
     fn make(&self, agent: &Path, folder: &Path) -> Result<Vec<String>> {
         let name = self.name();
-        let (archive, debug) = (format!("{name}.tar.gz"), format!("{name}.debug"));
+        let (archive, debug) = (
+            format!("{name}{}", tarball::SUFFIX),
+            format!("{name}{DEBUG_SUFFIX}"),
+        );
         let stripped = self.split(agent, &folder.join(&debug))?;
         let mut entries = tarball::belongings(shell::workspace())?;
         entries.push(Entry::new("mesh-agent", 0o755, stripped.clone()));

@@ -8,11 +8,15 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use clap_complete::Shell;
+use flate2::read::GzDecoder;
 use flate2::{Compression, GzBuilder};
-use tar::{Builder, EntryType, Header};
+use tar::{Archive, Builder, EntryType, Header};
 
 use crate::agent_args;
 use crate::shell;
+
+/// What names of tarballs end with.
+pub(super) const SUFFIX: &str = ".tar.gz";
 
 /// What is taken from the sources as it is. (The Dockerfile builds from sources, so it stays with them.)
 const FROM_SOURCES: [&str; 8] = [
@@ -87,6 +91,13 @@ pub(super) fn write(path: &Path, folder: &str, mut entries: Vec<Entry>, time: u6
     }
     tarball.into_inner()?.finish()?.sync_all()?;
     Ok(fs::rename(unfinished, path)?)
+}
+
+/// The time that its entries have.
+pub(super) fn time(path: &Path) -> Result<u64> {
+    let mut tarball = Archive::new(GzDecoder::new(File::open(path)?));
+    let first = tarball.entries()?.next().context("it is empty")??;
+    Ok(first.header().mtime()?)
 }
 
 /// Unpacks a tarball as users do, and compares what comes out with what should be in.

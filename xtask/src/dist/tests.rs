@@ -21,7 +21,7 @@ fn prints(folder: &Path, words: &[&str]) -> String {
 /// A release with this very test program as the agent: an ELF program with debugging information.
 fn release(folder: &Path) -> Vec<String> {
     let files = package().make(&env::current_exe().unwrap(), folder).unwrap();
-    sums::write(folder, &files).unwrap();
+    sums::write(folder, &files, TIME).unwrap();
     files
 }
 
@@ -123,23 +123,54 @@ fn a_backtrace_reads_the_file_beside_the_program() {
     assert!(places() > 1);
 }
 
+/// Two files as of a release.
+fn pack(folder: &Path, name: &str, time: u64) -> Vec<String> {
+    let files = [tarball::SUFFIX, DEBUG_SUFFIX].map(|suffix| format!("{name}{suffix}"));
+    let entry = Entry::new("mesh-agent", 0o755, name.as_bytes().to_vec());
+    tarball::write(&folder.join(&files[0]), name, vec![entry], time).unwrap();
+    fs::write(folder.join(&files[1]), name).unwrap();
+    files.to_vec()
+}
+
+fn listed(folder: &Path) -> Vec<String> {
+    let sums = fs::read_to_string(folder.join(sums::FILE)).unwrap();
+    sums.lines().map(|line| line[66..].to_owned()).collect()
+}
+
 #[test]
 fn sums_of_another_run_are_kept_while_their_files_are() {
     let folder = tempfile::tempdir().unwrap();
-    let write = |name: &str, text: &str| fs::write(folder.path().join(name), text).unwrap();
-    let sums = || fs::read_to_string(folder.path().join(sums::FILE)).unwrap();
-    write("one", "1");
-    write("gone", "2");
-    sums::write(folder.path(), &["one".to_owned(), "gone".to_owned()]).unwrap();
-    assert_eq!(sums().lines().count(), 2);
-    fs::remove_file(folder.path().join("gone")).unwrap();
-    write("two", "3");
-    sums::write(folder.path(), &["two".to_owned()]).unwrap();
-    let names: Vec<_> = sums().lines().map(|line| line[66..].to_owned()).collect();
-    assert_eq!(names, ["one", "two"]);
-    sums::check(folder.path()).unwrap();
-    write("one", "changed");
-    assert!(sums::check(folder.path()).is_err());
+    let folder = folder.path();
+    let mut files = pack(folder, "one", TIME);
+    files.extend(pack(folder, "gone", TIME));
+    sums::write(folder, &files, TIME).unwrap();
+    assert_eq!(listed(folder).len(), 4);
+    for file in &files[2..] {
+        fs::remove_file(folder.join(file)).unwrap();
+    }
+    sums::write(folder, &pack(folder, "two", TIME), TIME).unwrap();
+    assert_eq!(
+        listed(folder),
+        ["one.debug", "one.tar.gz", "two.debug", "two.tar.gz"]
+    );
+    sums::check(folder).unwrap();
+    fs::write(folder.join("one.debug"), "changed").unwrap();
+    assert!(sums::check(folder).is_err());
+}
+
+#[test]
+fn sums_of_another_commit_are_dropped() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    sums::write(folder, &pack(folder, "old", TIME - 1), TIME - 1).unwrap();
+    sums::write(folder, &pack(folder, "new", TIME), TIME).unwrap();
+    assert_eq!(listed(folder), ["new.debug", "new.tar.gz"]);
+    // A file without its tarball has no commit.
+    let two = pack(folder, "two", TIME);
+    sums::write(folder, &two, TIME).unwrap();
+    fs::remove_file(folder.join(&two[0])).unwrap();
+    sums::write(folder, &pack(folder, "new", TIME), TIME).unwrap();
+    assert_eq!(listed(folder), ["new.debug", "new.tar.gz"]);
 }
 
 #[test]
