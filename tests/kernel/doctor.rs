@@ -100,7 +100,7 @@ fn an_agent_that_runs_is_known() {
     let (can, running) = summary.split_once(": ").unwrap();
     assert_eq!(
         (can, running),
-        ("this node can run mesh-agent, and does", &*found)
+        ("this node can run mesh-agent, and does", found)
     );
     assert_eq!(report.told("admin").0, "ok", "{:?}", report.told("admin"));
     let connect = report.json["hooks"].as_array().unwrap();
