@@ -98,10 +98,7 @@ fn an_agent_that_runs_is_known() {
     assert_eq!(report.json["agentRuns"], true);
     let summary = report.json["summary"].as_str().unwrap();
     let (can, running) = summary.split_once(": ").unwrap();
-    assert_eq!(
-        (can, running),
-        ("this node can run mesh-agent, and does", found)
-    );
+    assert_eq!((can, running), ("this node can run mesh-agent, and does", found));
     assert_eq!(report.told("admin").0, "ok", "{:?}", report.told("admin"));
     let connect = report.json["hooks"].as_array().unwrap();
     let connect = connect.iter().find(|hook| hook["hook"] == "connect4").unwrap();
