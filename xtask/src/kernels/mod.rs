@@ -66,7 +66,7 @@ pub(crate) struct Args {
     #[arg(long)]
     update: bool,
     /// How to print what came of it.
-    #[arg(short = 'o', long = "format", value_enum, default_value_t = Format::Table)]
+    #[arg(long, value_enum, default_value_t = Format::Table)]
     format: Format,
     /// Write it to a file too, as JSON.
     #[arg(long, value_name = "FILE")]
