@@ -10,7 +10,7 @@ use mesh_agent::ebpf::{Capture, CaptureOptions, EnrolRequest, Place, PlaceIdenti
 use mesh_tests::{Run, until};
 
 use crate::node::cgroup2;
-use crate::world::{Agent, FAMILIES, OUT4, PATIENCE, POD4, POD6, World, accept, at, ip};
+use crate::world::{Agent, FAMILIES, OUT4, PATIENCE, POD4, POD6, World, accept, at, connect, ip};
 
 #[test]
 fn a_cgroups_connections_come_to_the_agent_and_no_others() {
@@ -116,6 +116,33 @@ fn without_an_agent_a_cgroup_is_held_or_passes() {
             assert_eq!(capture.state().links.len(), 9 + 8, "nothing is there twice");
         })
         .unwrap();
+}
+
+#[test]
+fn a_hook_that_hangs_on_a_part_of_the_hierarchy_is_made_anew() {
+    let world = World::new();
+    let cgroup = Cgroup::create(&world.run);
+    let bpffs = world
+        .pod
+        .enter(|| {
+            let (capture, agent) = start(&world, &cgroup, true);
+            let state = capture.state();
+            let links = state.bpffs.join(state.layout).join("links");
+            // As an agent leaves it to which this cgroup was the root.
+            for hook in ["connect4", "connect6"] {
+                let own = format!("workload-{:x}-{hook}", agent.enrolment.key());
+                fs::rename(links.join(own), links.join(hook)).unwrap();
+            }
+            agent.enrolment.release().unwrap();
+            state.bpffs
+        })
+        .unwrap();
+    let next = Capture::start(&CaptureOptions::new(bpffs)).unwrap();
+    let agent = crate::world::enrol(&next, &world.pod, true);
+    for (_, out) in FAMILIES {
+        let _app = world.pod.enter(|| connect(at(out, 80))).unwrap().unwrap();
+        assert_eq!(agent.accept().1, Some(at(out, 80)));
+    }
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{self, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsRawFd as _;
 use std::time::Duration;
 
 use mesh_tests::until;
@@ -245,26 +246,49 @@ fn a_connect_given_up_leaves_nothing() {
         .unwrap()
         .unwrap();
     let agent = world.enrol(true);
-    let sockets: Vec<_> = (0..4)
+    let to = at(OUT4[0], 80);
+    let connected: Vec<_> = (0..2)
+        .map(|_| world.pod.enter(|| connect(to)).unwrap().unwrap())
+        .collect();
+    until("the listener's queue to be full", PATIENCE, || {
+        (waiting_for_accept(&agent.listeners.outbound) == 2).then_some(())
+    })
+    .unwrap();
+    let given_up: Vec<_> = (0..2)
         .map(|_| {
-            let socket = world.pod.enter(|| tcp_socket(at(OUT4[0], 80))).unwrap();
+            let socket = world.pod.enter(|| tcp_socket(to)).unwrap();
             socket.set_nonblocking(true).unwrap();
-            let _ = socket.connect(&at(OUT4[0], 80).into());
+            let _ = socket.connect(&to.into());
+            assert!(socket.peer_addr().is_err());
             socket
         })
         .collect();
-    let waiting = sockets
-        .iter()
-        .filter(|socket| socket.peer_addr().is_err())
-        .count();
-    assert!(waiting > 0);
     assert_eq!(world.entries("FLOWS"), 4);
-    drop(sockets);
-    assert_eq!(world.entries("FLOWS"), 4 - waiting);
-    for _ in 0..4 - waiting {
-        assert_eq!(agent.accept().1, Some(at(OUT4[0], 80)));
+    drop(given_up);
+    assert_eq!(world.entries("FLOWS"), 2);
+    for _ in connected {
+        assert_eq!(agent.accept().1, Some(to));
     }
     assert_eq!(world.entries("FLOWS"), 0);
+}
+
+/// Connections that a listener could hand out.
+fn waiting_for_accept(listener: &TcpListener) -> u32 {
+    // SAFETY: all zero is a valid `tcp_info`.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut len = libc::socklen_t::try_from(size_of::<libc::tcp_info>()).unwrap();
+    // SAFETY: `info` is `len` bytes.
+    let result = unsafe {
+        libc::getsockopt(
+            listener.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            (&raw mut info).cast(),
+            &raw mut len,
+        )
+    };
+    assert_eq!(result, 0, "{}", io::Error::last_os_error());
+    info.tcpi_unacked
 }
 
 #[test]
