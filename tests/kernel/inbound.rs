@@ -15,26 +15,16 @@ fn a_connection_comes_to_the_agent_and_the_app_sees_the_client() {
 
 pub(crate) fn the_app_sees_the_client(world: &World) {
     let agent = world.enrol(true);
-    let namespace = agent.enrolment.namespace();
     for (pod, _) in FAMILIES {
         // The app may listen on both families with one socket.
-        let app = world
-            .pod
-            .enter(|| TcpListener::bind(at("::", 0)))
-            .unwrap()
-            .unwrap();
+        let app = world.listen(at("::", 0));
         let service = at(pod, app.local_addr().unwrap().port());
         let mut client = world.outside.enter(|| connect(service)).unwrap().unwrap();
         let client_addr = client.local_addr().unwrap();
         let (mut agents, from, to) = agent.accept_inbound();
         assert_eq!((from, to), (client_addr, service));
 
-        let onward = world
-            .runtime
-            .block_on(sock::connect(&*namespace, to, Some(from)))
-            .unwrap()
-            .into_std()
-            .unwrap();
+        let onward = world.speak_for(&agent, from, to).into_std().unwrap();
         onward.set_nonblocking(false).unwrap();
         let mut onward = onward;
         let (mut served, peer) = accept(&app);
@@ -65,17 +55,9 @@ fn an_ipv4_app_sees_the_client() {
 
 pub(crate) fn the_ipv4_app_sees_the_client(world: &World) {
     let agent = world.enrol(true);
-    let namespace = agent.enrolment.namespace();
-    let app = world
-        .pod
-        .enter(|| TcpListener::bind(at("0.0.0.0", 8080)))
-        .unwrap()
-        .unwrap();
+    let app = world.listen(at("0.0.0.0", 8080));
     let present = at(OUT4[1], 4321);
-    let _onward = world
-        .runtime
-        .block_on(sock::connect(&*namespace, at(POD4, 8080), Some(present)))
-        .unwrap();
+    let _onward = world.speak_for(&agent, present, at(POD4, 8080));
     assert_eq!(accept(&app).1, present);
 }
 
@@ -89,17 +71,13 @@ pub(crate) fn the_multipath_app_sees_the_client(world: &World) {
         return;
     }
     let agent = world.enrol(true);
-    let namespace = agent.enrolment.namespace();
     let app = world
         .pod
         .enter(|| multipath_listener(at("::", 8080)))
         .unwrap()
         .unwrap();
     let present = at(OUT4[1], 4321);
-    let _onward = world
-        .runtime
-        .block_on(sock::connect(&*namespace, at(POD4, 8080), Some(present)))
-        .unwrap();
+    let _onward = world.speak_for(&agent, present, at(POD4, 8080));
     let (served, peer) = accept(&app);
     assert_eq!(plain(peer), present);
     assert_eq!(plain(served.peer_addr().unwrap()), present);

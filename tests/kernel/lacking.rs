@@ -1,10 +1,8 @@
 //! What is done where the kernel lacks something, tried on one that has it all.
 
 use std::io;
-use std::net::{TcpListener, UdpSocket};
+use std::net::UdpSocket;
 use std::os::fd::AsRawFd as _;
-
-use mesh_agent::sock;
 
 use crate::world::{FAMILIES, OUT4, POD4, World, accept, at, connect, exchange};
 use crate::{inbound, odd};
@@ -28,20 +26,8 @@ fn a_multipath_app_sees_its_client_when_it_asks() {
 fn a_client_that_left_before_it_was_accepted_is_known_still() {
     let world = World::as_on_the_oldest_kernel();
     let agent = world.enrol(true);
-    let namespace = agent.enrolment.namespace();
-    let app = world
-        .pod
-        .enter(|| TcpListener::bind(at("0.0.0.0", 8080)))
-        .unwrap()
-        .unwrap();
-    let onward = world
-        .runtime
-        .block_on(sock::connect(
-            &*namespace,
-            at(POD4, 8080),
-            Some(at(OUT4[1], 4321)),
-        ))
-        .unwrap();
+    let app = world.listen(at("0.0.0.0", 8080));
+    let onward = world.speak_for(&agent, at(OUT4[1], 4321), at(POD4, 8080));
     assert_eq!((world.entries("FLOWS"), world.entries("PRESENTED")), (0, 1));
     drop(onward);
     assert_eq!(accept(&app).1, at(OUT4[1], 4321));
@@ -52,20 +38,8 @@ fn a_client_that_left_before_it_was_accepted_is_known_still() {
 fn a_client_that_nobody_asked_for_goes_with_its_workload() {
     let world = World::as_on_the_oldest_kernel();
     let agent = world.enrol(true);
-    let namespace = agent.enrolment.namespace();
-    let _app = world
-        .pod
-        .enter(|| TcpListener::bind(at("0.0.0.0", 8080)))
-        .unwrap()
-        .unwrap();
-    let _onward = world
-        .runtime
-        .block_on(sock::connect(
-            &*namespace,
-            at(POD4, 8080),
-            Some(at(OUT4[1], 4321)),
-        ))
-        .unwrap();
+    let _app = world.listen(at("0.0.0.0", 8080));
+    let _onward = world.speak_for(&agent, at(OUT4[1], 4321), at(POD4, 8080));
     assert_eq!(world.entries("PRESENTED"), 1);
     agent.enrolment.release().unwrap();
     assert_eq!(world.entries("PRESENTED"), 0);
@@ -81,11 +55,7 @@ fn a_connection_of_an_app_with_itself_is_left_alone() {
     let world = World::as_on_the_oldest_kernel();
     let _agent = world.enrol(true);
     for (pod, _) in FAMILIES {
-        let app = world
-            .pod
-            .enter(|| TcpListener::bind(at("::", 0)))
-            .unwrap()
-            .unwrap();
+        let app = world.listen(at("::", 0));
         let own = at(pod, app.local_addr().unwrap().port());
         let mut client = world.pod.enter(|| connect(own)).unwrap().unwrap();
         let (mut served, peer) = accept(&app);

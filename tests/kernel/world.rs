@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use mesh_agent::ebpf::{Capture, CaptureOptions, EnrolRequest, Enrolment, Features, Listeners, Place};
+use mesh_agent::sock;
 use mesh_tests::{Netns, Run, off, shell, until};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::runtime::Runtime;
@@ -81,6 +82,23 @@ impl World {
 
     pub(crate) fn enrol(&self, hold: bool) -> Agent {
         enrol(&self.capture, &self.pod, hold)
+    }
+
+    /// What an application in the pod listens on.
+    pub(crate) fn listen(&self, on: SocketAddr) -> TcpListener {
+        self.pod.enter(|| TcpListener::bind(on)).unwrap().unwrap()
+    }
+
+    /// A connection of the agent to an application, on behalf of a client.
+    pub(crate) fn speak_for(
+        &self,
+        agent: &Agent,
+        client: SocketAddr,
+        app: SocketAddr,
+    ) -> tokio::net::TcpStream {
+        let namespace = agent.enrolment.namespace();
+        let connecting = sock::connect(&*namespace, app, Some(client));
+        self.runtime.block_on(connecting).unwrap()
     }
 
     pub(crate) fn counter(&self, name: &str) -> u64 {

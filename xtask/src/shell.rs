@@ -83,6 +83,14 @@ pub(crate) struct Steps {
 }
 
 impl Steps {
+    /// A command of its own: says in the end, however that is, what its steps took.
+    pub(crate) fn timed(run: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
+        let mut steps = Self::default();
+        let outcome = run(&mut steps);
+        steps.print_times();
+        outcome
+    }
+
     /// Runs one step; the next ones make no sense without it.
     pub(crate) fn run<T>(&mut self, title: &str, step: impl FnOnce() -> Result<T>) -> Result<T> {
         eprintln!("==> {title}");

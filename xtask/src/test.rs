@@ -24,10 +24,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let mut steps = Steps::default();
-    let outcome = run_steps(&mut steps, args);
-    steps.print_times();
-    outcome
+    Steps::timed(|steps| run_steps(steps, args))
 }
 
 pub(crate) fn run_steps(steps: &mut Steps, args: &Args) -> Result<()> {
