@@ -4,7 +4,8 @@
 //! `mesh-peer front NAME PORT` is an HTTP server that answers with what the service `reviews` answers;
 //! `mesh-peer load URL [OPTIONS]` sends requests and prints a report as JSON; `mesh-peer paced URL [OPTIONS]` sends
 //! them at fixed times, whatever becomes of the earlier ones; `mesh-peer connects URL [OPTIONS]` one per
-//! connection; `mesh-peer hold URL [OPTIONS]` keeps connections open.
+//! connection; `mesh-peer hold URL [OPTIONS]` keeps connections open; `mesh-peer relay|relay-tls` is a proxy that
+//! decides nothing.
 
 mod client;
 mod connects;
@@ -14,8 +15,10 @@ mod hold;
 mod http;
 mod load;
 mod paced;
+mod relay;
 mod tcp;
 
+use std::io::Write;
 use std::net::Ipv6Addr;
 use std::sync::Arc;
 
@@ -31,6 +34,17 @@ fn main() -> Result<()> {
     let mut single = Builder::new_current_thread();
     let mut threads = Builder::new_multi_thread();
     match args[..] {
+        ["--version"] => Ok(writeln!(
+            std::io::stdout(),
+            "mesh-peer {}",
+            env!("CARGO_PKG_VERSION")
+        )?),
+        // Without timers: they would cost what it has no use for.
+        ["relay", ref ways @ ..] => single.enable_io().build()?.block_on(relay::run(ways)),
+        ["relay-tls", end, certificate, key, root, ref ways @ ..] => single
+            .enable_io()
+            .build()?
+            .block_on(relay::run_tls(end, [certificate, key, root], ways)),
         ["paced", url, ref options @ ..] => single.enable_all().build()?.block_on(paced::run(url, options)),
         ["connects", url, ref options @ ..] => {
             single.enable_all().build()?.block_on(connects::run(url, options))
@@ -42,7 +56,8 @@ fn main() -> Result<()> {
             .build()?
             .block_on(serve(kind, name, port.parse()?)),
         _ => bail!(
-            "usage: mesh-peer http|front|greeter|echo|dns NAME PORT | mesh-peer load|paced|connects|hold URL [OPTIONS]"
+            "usage: mesh-peer http|front|greeter|echo|dns NAME PORT | mesh-peer load|paced|connects|hold URL [OPTIONS] \
+             | mesh-peer relay LISTEN=TO... | mesh-peer relay-tls client|server CERTIFICATE KEY ROOT LISTEN=TO..."
         ),
     }
 }
