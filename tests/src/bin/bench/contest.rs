@@ -6,14 +6,14 @@ use anyhow::{Context, Result};
 
 use crate::args::{Args, Effort};
 use crate::churn;
-use crate::generator::{self, Requests};
+use crate::generator::Generator;
 use crate::idle;
 use crate::peer::{Peer, Peers};
-use crate::profile::profile;
+use crate::profile;
 use crate::progress::Progress;
 use crate::proxies::Running;
 use crate::record::{Contestant, Load, Round, RowRecord, ScenarioRecord};
-use crate::scenario::{Door, Name, Scenario, Unit, Work};
+use crate::scenario::{Door, Name, Scenario, Unit};
 use crate::soak;
 use crate::targets;
 use crate::world::World;
@@ -110,7 +110,7 @@ impl<'a> Contest<'a> {
         let outcome = running.and_then(|running| {
             for row in &mut record.rows {
                 progress.row(&row.label);
-                match self.measure(world, &running, row.work, row.rate) {
+                match self.measure(world, &running, row) {
                     Ok(round) => {
                         progress.done(round.load.per_second());
                         row.contestant_mut(peer)?.rounds.push(round);
@@ -131,59 +131,34 @@ impl<'a> Contest<'a> {
         outcome
     }
 
-    fn measure(&self, world: &World, running: &Running, work: Work, rate: Option<u64>) -> Result<Round> {
+    fn measure(&self, world: &World, running: &Running, row: &RowRecord) -> Result<Round> {
         let seconds = self.effort.seconds;
-        let client = running.client(world);
-        let timed = |work: &dyn Fn() -> Result<f64>| -> Result<Load> {
-            let before = running.watched.read()?;
-            let count = work()?;
-            let used = running.watched.since(&before)?;
-            Ok(Load { count, used })
-        };
-        let profiled = self
-            .profiles
-            .as_ref()
-            .filter(|_| running.is_agent() && rate.is_none());
-        let mut paced = None;
-        let load = match work {
-            Work::Requests {
-                door,
-                bytes,
-                connections,
-            } => {
-                let requests = Requests {
-                    client,
-                    address: running.address(world, door)?,
-                    door,
-                    bytes,
-                    connections,
-                    folder: world.mesh.run.dir(),
-                };
-                requests.check()?;
-                requests.warm_up()?;
-                let load = timed(&|| Ok(requests.saturate(seconds)? as f64))?;
-                if let Some(folder) = profiled {
-                    let name = format!("{:?}-{door:?}-{bytes}-{connections}", self.scenario.name);
-                    let work = || requests.saturate(seconds + 1).map(|_answers| ());
-                    let graph = profile(&running.watched.proxies, &folder.join(name), seconds, work)?;
-                    eprint!("{} ... ", graph.display());
-                }
-                paced = rate.map(|rate| requests.pace(rate, seconds)).transpose()?;
-                load
-            }
-            Work::Bulk { flows } => {
-                let address = running.address(world, Door::Bulk)?;
-                generator::bulk(client, address, flows, 1)?;
-                timed(&|| generator::bulk(client, address, flows, seconds))?
-            }
-            Work::Connect { at_once } => {
-                let address = running.address(world, Door::Tcp)?;
-                generator::connects(client, address, at_once, 1)?;
-                timed(&|| generator::connects(client, address, at_once, seconds))?
-            }
+        let generator = running.generator(world, row.work)?;
+        if let Generator::Requests(requests) = &generator
+            && requests.door == Door::Routed
+            && running.peer.routes()
+        {
+            requests.check()?;
+        }
+        generator.warm_up()?;
+        let before = running.watched.read()?;
+        let count = generator.saturate(seconds)?;
+        let used = running.watched.since(&before)?;
+        if let Some(folder) = &self.profiles
+            && row
+                .contestant(running.peer)
+                .is_some_and(|one| one.rounds.is_empty())
+        {
+            let title = format!("{}, {}", self.scenario.name, row.label);
+            let work = |seconds| generator.saturate(seconds).map(|_count| ());
+            profile::record(&running.agents, folder, &title, work)?;
+        }
+        let paced = match &generator {
+            Generator::Requests(requests) => row.rate.map(|rate| requests.pace(rate, seconds)).transpose()?,
+            Generator::Bulk(..) | Generator::Connects(..) => None,
         };
         Ok(Round {
-            load,
+            load: Load { count, used },
             paced,
             peak_rss: running.peak_rss()?,
         })

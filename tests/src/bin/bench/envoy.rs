@@ -1,19 +1,22 @@
-//! Envoy: beside the client alone, or one at each end with mutual TLS and HTTP/2 between them.
+//! Envoy: beside the client alone, or one at each end with mutual TLS between them.
+//!
+//! Requests travel as HTTP/2 on connections that are kept; what is declared TCP has a TLS connection for each of
+//! the client's, as a mesh of sidecars does it, and resumes sessions where it can.
 
 use std::fmt::Write;
 use std::net::SocketAddr;
 
 use anyhow::Result;
 use mesh_tests::Process;
-use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, SanType};
 
+use crate::authority::{Authority, Files};
 use crate::peer::{Peer, Peers};
 use crate::proxies::{spawn, wait_listening, write_config};
 use crate::scenario::{Door, Place};
 use crate::world::{self, World};
 
-/// The doors that need an HTTP proxy at both ends, and the port between the two.
-const BETWEEN: [(Door, u16); 3] = [(Door::Http, 15_008), (Door::Http2, 15_009), (Door::Grpc, 15_010)];
+/// TLS sessions that are kept for resumption: each serves once, and several connections are made at a time.
+const SESSIONS: usize = 64;
 
 pub(crate) fn start(world: &World, peers: &Peers, place: Place) -> Result<Vec<Process>> {
     match place {
@@ -40,35 +43,36 @@ fn same_node(world: &World, peers: &Peers) -> Result<Process> {
 fn two_nodes(world: &World, peers: &Peers) -> Result<Vec<Process>> {
     let authority = Authority::new()?;
     let server = world.plain.server(Place::OtherNode);
+    let (client_files, server_files) = (
+        authority.issue(world, "client")?,
+        authority.issue(world, "server")?,
+    );
     let (mut near, mut far) = (Config::default(), Config::default());
-    let client_tls = authority.issue(
-        world,
-        "client",
-        "tls_params: {tls_maximum_protocol_version: TLSv1_3}, ",
-    )?;
-    let server_tls = authority.issue(world, "server", "")?;
-    let upstream = format!(
-        "transport_socket: {{name: tls, typed_config: {{\"@type\": {EXTENSIONS}.transport_sockets.tls.v3.\
-         UpstreamTlsContext, common_tls_context: {client_tls}}}}}"
-    );
-    let downstream = format!(
-        ", transport_socket: {{name: tls, typed_config: {{\"@type\": {EXTENSIONS}.transport_sockets.tls.v3.\
-         DownstreamTlsContext, require_client_certificate: true, common_tls_context: {server_tls}}}}}"
-    );
-    for (door, port) in BETWEEN {
+    for door in Door::BETWEEN_NODES {
         let name = format!("{door:?}");
-        let route = format!("{{match: {{prefix: /}}, route: {{cluster: {name}}}}}");
-        near.listener(world::sidecar(door), &route, "")?;
-        near.cluster(&name, server.at(port), true, &upstream)?;
-        far.listener(([0, 0, 0, 0], port).into(), &route, &downstream)?;
+        let tcp = door.is_tcp();
+        let upstream = upstream_tls(&client_files, !tcp);
+        let downstream = downstream_tls(&server_files, !tcp);
+        let (listen, between) = (world::sidecar(door), world::between(door));
         let app = ([127, 0, 0, 1], world::port(door)).into();
-        far.cluster(&name, app, door != Door::Http, "")?;
+        if tcp {
+            near.tcp_listener(listen, &name, "")?;
+            near.tcp_cluster(&name, server.at(between), &upstream)?;
+            far.tcp_listener(([0, 0, 0, 0], between).into(), &name, &downstream)?;
+            far.tcp_cluster(&name, app, "")?;
+        } else {
+            let route = format!("{{match: {{prefix: /}}, route: {{cluster: {name}}}}}");
+            near.listener(listen, &route, "")?;
+            near.cluster(&name, server.at(between), true, &upstream)?;
+            far.listener(([0, 0, 0, 0], between).into(), &route, &downstream)?;
+            far.cluster(&name, app, door != Door::Http, "")?;
+        }
     }
     let client = &world.plain.client;
     let mut processes = Vec::new();
     for (pod, config, id, address) in [
-        (server, &far, "2", server.at(BETWEEN[0].1)),
-        (client, &near, "1", world::sidecar(Door::Http)),
+        (server, &far, "2", server.at(world::between(Door::LAST))),
+        (client, &near, "1", world::sidecar(Door::LAST)),
     ] {
         let file = write_config(world, &format!("envoy-{}.yaml", pod.spec.name), &config.text())?;
         let process = spawn(world, pod, peers, Peer::Envoy, &arguments(&file, id))?;
@@ -76,6 +80,43 @@ fn two_nodes(world: &World, peers: &Peers) -> Result<Vec<Process>> {
         processes.push(process);
     }
     Ok(processes)
+}
+
+fn upstream_tls(files: &Files, http2: bool) -> String {
+    format!(
+        "transport_socket: {{name: tls, typed_config: {{\"@type\": {EXTENSIONS}.transport_sockets.tls.v3.\
+         UpstreamTlsContext, max_session_keys: {SESSIONS}, common_tls_context: {}}}}}",
+        common_tls(
+            files,
+            http2,
+            "tls_params: {tls_maximum_protocol_version: TLSv1_3}, "
+        )
+    )
+}
+
+fn downstream_tls(files: &Files, http2: bool) -> String {
+    format!(
+        ", transport_socket: {{name: tls, typed_config: {{\"@type\": {EXTENSIONS}.transport_sockets.tls.v3.\
+         DownstreamTlsContext, require_client_certificate: true, common_tls_context: {}}}}}",
+        common_tls(
+            files,
+            http2,
+            "tls_params: {tls_minimum_protocol_version: TLSv1_3}, "
+        )
+    )
+}
+
+fn common_tls(files: &Files, http2: bool, params: &str) -> String {
+    let Files {
+        certificate,
+        key,
+        root,
+    } = files;
+    let alpn = if http2 { "alpn_protocols: [h2], " } else { "" };
+    format!(
+        "{{{params}{alpn}tls_certificates: [{{certificate_chain: {{filename: {certificate}}}, \
+         private_key: {{filename: {key}}}}}], validation_context: {{trusted_ca: {{filename: {root}}}}}}}"
+    )
 }
 
 /// `id`: two on one machine need different ones, for their shared memory.
@@ -106,21 +147,39 @@ impl Config {
         Ok(())
     }
 
+    fn tcp_listener(&mut self, at: SocketAddr, cluster: &str, more: &str) -> Result<()> {
+        writeln!(
+            self.listeners,
+            "  - address: {address}\n    filter_chains: [{{filters: [{{name: envoy.filters.network.tcp_proxy, \
+             typed_config: {{\"@type\": {EXTENSIONS}.filters.network.tcp_proxy.v3.TcpProxy, stat_prefix: door, \
+             cluster: {cluster}}}}}]{more}}}]",
+            address = address(at),
+        )?;
+        Ok(())
+    }
+
+    fn tcp_cluster(&mut self, name: &str, at: SocketAddr, more: &str) -> Result<()> {
+        writeln!(
+            self.clusters,
+            "  - name: {name}\n    type: STATIC\n    load_assignment: {{cluster_name: {name}, endpoints: \
+             [{{lb_endpoints: [{{endpoint: {{address: {address}}}}}]}}]}}\n    {more}",
+            address = address(at),
+        )?;
+        Ok(())
+    }
+
     fn cluster(&mut self, name: &str, at: SocketAddr, http2: bool, more: &str) -> Result<()> {
         let protocol = if http2 {
             "http2_protocol_options: {}"
         } else {
             "http_protocol_options: {}"
         };
-        writeln!(
-            self.clusters,
-            "  - name: {name}\n    type: STATIC\n    load_assignment: {{cluster_name: {name}, endpoints: \
-             [{{lb_endpoints: [{{endpoint: {{address: {address}}}}}]}}]}}\n    typed_extension_protocol_options: \
-             {{envoy.extensions.upstreams.http.v3.HttpProtocolOptions: {{\"@type\": \
-             {EXTENSIONS}.upstreams.http.v3.HttpProtocolOptions, explicit_http_config: {{{protocol}}}}}}}\n    {more}",
-            address = address(at),
-        )?;
-        Ok(())
+        let options = format!(
+            "typed_extension_protocol_options: {{envoy.extensions.upstreams.http.v3.HttpProtocolOptions: \
+             {{\"@type\": {EXTENSIONS}.upstreams.http.v3.HttpProtocolOptions, \
+             explicit_http_config: {{{protocol}}}}}}}\n    {more}"
+        );
+        self.tcp_cluster(name, at, &options)
     }
 
     fn text(&self) -> String {
@@ -137,42 +196,4 @@ fn address(at: SocketAddr) -> String {
         at.ip(),
         at.port()
     )
-}
-
-/// Signs the two certificates of one turn.
-struct Authority {
-    issuer: Issuer<'static, KeyPair>,
-    certificate: String,
-}
-
-impl Authority {
-    fn new() -> Result<Self> {
-        let mut params = CertificateParams::default();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let key = KeyPair::generate()?;
-        let certificate = params.self_signed(&key)?.pem();
-        Ok(Self {
-            issuer: Issuer::new(params, key),
-            certificate,
-        })
-    }
-
-    /// Envoy's `common_tls_context` with a certificate of its own.
-    fn issue(&self, world: &World, name: &str, more: &str) -> Result<String> {
-        let mut params = CertificateParams::default();
-        // Else it is called as its issuer is, and taken for a root.
-        params.distinguished_name.push(DnType::CommonName, name);
-        let id = format!("spiffe://cluster.local/ns/shop/sa/{name}");
-        params.subject_alt_names = vec![SanType::URI(id.try_into()?)];
-        let key = KeyPair::generate()?;
-        let certificate = params.signed_by(&key, &self.issuer)?.pem();
-        let write = |kind: &str, text: &str| write_config(world, &format!("envoy-{name}-{kind}.pem"), text);
-        let certificate = write("certificate", &certificate)?;
-        let key = write("key", &key.serialize_pem())?;
-        let root = write("root", &self.certificate)?;
-        Ok(format!(
-            "{{{more}alpn_protocols: [h2], tls_certificates: [{{certificate_chain: {{filename: {certificate}}}, \
-             private_key: {{filename: {key}}}}}], validation_context: {{trusted_ca: {{filename: {root}}}}}}}"
-        ))
-    }
 }

@@ -14,6 +14,40 @@ const WARM_UP: u64 = 2000;
 /// A gRPC message: not compressed, 100 bytes.
 const GRPC_PREFIX: [u8; 5] = [0, 0, 0, 0, 100];
 
+/// What a row's work is done by.
+#[derive(Debug)]
+pub(crate) enum Generator<'a> {
+    Requests(Requests<'a>),
+    Bulk(Way<'a>, usize),
+    Connects(Way<'a>, usize),
+}
+
+/// From where, and to where.
+#[derive(Debug)]
+pub(crate) struct Way<'a> {
+    pub(crate) client: &'a Pod,
+    pub(crate) address: SocketAddr,
+}
+
+impl Generator<'_> {
+    /// A few, unmeasured: connections between proxies are made, caches get warm.
+    pub(crate) fn warm_up(&self) -> Result<()> {
+        match self {
+            Self::Requests(requests) => requests.warm_up(),
+            Self::Bulk(..) | Self::Connects(..) => self.saturate(1).map(|_count| ()),
+        }
+    }
+
+    /// As much as goes, for so many seconds; how much that was, all of it good.
+    pub(crate) fn saturate(&self, seconds: u64) -> Result<f64> {
+        match self {
+            Self::Requests(requests) => Ok(requests.saturate(seconds)? as f64),
+            Self::Bulk(way, flows) => bulk(way, *flows, seconds),
+            Self::Connects(way, at_once) => connects(way, *at_once, seconds),
+        }
+    }
+}
+
 /// Requests of one kind, to one address.
 #[derive(Debug)]
 pub(crate) struct Requests<'a> {
@@ -44,7 +78,6 @@ pub(crate) struct Paced {
 }
 
 impl Requests<'_> {
-    /// A few, unmeasured: connections between proxies are made, caches get warm.
     pub(crate) fn warm_up(&self) -> Result<()> {
         self.h2load(&["-n", &WARM_UP.to_string()]).map(|_answers| ())
     }
@@ -101,9 +134,6 @@ impl Requests<'_> {
 
     /// That the way leads where it should: to the port that the server says it answers from.
     pub(crate) fn check(&self) -> Result<()> {
-        if self.door != Door::Routed {
-            return Ok(());
-        }
         let ways = [(Some("x-version: two"), Door::Routed), (None, Door::Http)];
         for (header, door) in ways {
             let url = self.url();
@@ -111,17 +141,13 @@ impl Requests<'_> {
             let response = self.client.curl(&[&options[..], &[&url]].concat())?;
             let port = crate::world::port(door).to_string();
             ensure!(
-                response.header("x-port") == Some(&*port) || self.is_direct(),
+                response.header("x-port") == Some(&*port),
                 "{header:?} led to {:?}, not to {port}: {}",
                 response.header("x-port"),
                 response.head
             );
         }
         Ok(())
-    }
-
-    fn is_direct(&self) -> bool {
-        self.address.port() == crate::world::port(self.door)
     }
 
     fn url(&self) -> String {
@@ -158,7 +184,8 @@ impl Requests<'_> {
 }
 
 /// Gigabits that arrived.
-pub(crate) fn bulk(client: &Pod, address: SocketAddr, flows: usize, seconds: u64) -> Result<f64> {
+fn bulk(way: &Way<'_>, flows: usize, seconds: u64) -> Result<f64> {
+    let Way { client, address } = way;
     let mut command = client.command("iperf3");
     command.args(["-c", &address.ip().to_string(), "-p", &address.port().to_string()]);
     command.args(["-P", &flows.to_string(), "-t", &seconds.to_string(), "--json"]);
@@ -168,7 +195,8 @@ pub(crate) fn bulk(client: &Pod, address: SocketAddr, flows: usize, seconds: u64
 }
 
 /// Connections that were made, used once and ended.
-pub(crate) fn connects(client: &Pod, address: SocketAddr, at_once: usize, seconds: u64) -> Result<f64> {
+fn connects(way: &Way<'_>, at_once: usize, seconds: u64) -> Result<f64> {
+    let Way { client, address } = way;
     let mut command = client.peer_command();
     command.args(["connects", &format!("http://{address}/100")]);
     command.args([

@@ -5,6 +5,8 @@
 //! Figures are medians over the rounds. How it measures and what the columns mean: `mesh-agent/benches/README.md`.
 
 mod args;
+mod authority;
+mod bare;
 mod churn;
 mod contest;
 mod cpu;

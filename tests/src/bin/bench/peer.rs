@@ -4,36 +4,9 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail};
-use serde::Serialize;
-
 use crate::args::Args;
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum Peer {
-    /// The client talks to the server, nobody between.
-    None,
-    /// This project.
-    Agent,
-    Nginx,
-    Haproxy,
-    Envoy,
-    Ztunnel,
-}
-
-impl Peer {
-    pub(crate) fn title(self) -> &'static str {
-        match self {
-            Self::None => "direct",
-            Self::Agent => "mesh-agent",
-            Self::Nginx => "nginx",
-            Self::Haproxy => "HAProxy",
-            Self::Envoy => "Envoy",
-            Self::Ztunnel => "ztunnel",
-        }
-    }
-}
+pub(crate) use crate::args::Peer;
+use anyhow::{Context, Result, bail};
 
 /// One whose program is here.
 #[derive(Clone, Debug)]
@@ -58,7 +31,9 @@ impl Peers {
             missing: Vec::new(),
         };
         let agent = env::var_os("MESH_AGENT_BIN").map(PathBuf::from);
+        let relay = mesh_tests::program("mesh-peer", "MESH_PEER_BIN").ok();
         let candidates = [
+            (Peer::Bare, relay, "--version", "`cargo xtask bench` builds it"),
             (Peer::Agent, agent, "--version", "`cargo xtask bench` builds it"),
             (
                 Peer::Nginx,

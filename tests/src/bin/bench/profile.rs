@@ -1,8 +1,8 @@
-//! Where the proxies' CPU time goes: a flame graph of one row, from a run of its own that is not measured.
+//! Where the agents' CPU time goes in one row: a flame graph of each, from a run of its own that is not measured.
 
 use std::fs::{self, File};
 use std::io::BufWriter;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
@@ -14,43 +14,77 @@ use nix::unistd::Pid;
 
 /// Samples per second and thread; not a divisor of any timer's rate.
 const FREQUENCY: &str = "499";
-/// By the debugging information: release builds keep no frame pointers. So many bytes of stack per sample.
-const CALL_GRAPH: &str = "dwarf,8192";
+/// By the debugging information: release builds keep no frame pointers. So many bytes of stack per sample; with
+/// 8 KB nine of ten were cut off somewhere inside the runtime, and one function stood at many places of the graph.
+const CALL_GRAPH: &str = "dwarf,32768";
+/// Room for such samples while perf is busy with the last ones.
+const BUFFER: &str = "16M";
+/// Longer than a round of a quick run, which has too few samples.
+const SECONDS: u64 = 5;
 
-/// Records while `work` runs; the flame graph's file. The collapsed stacks lie beside it.
-pub(crate) fn profile(
-    pids: &[Pid],
-    file: &Path,
-    seconds: u64,
-    work: impl FnOnce() -> Result<()>,
-) -> Result<PathBuf> {
-    let folder = file.parent().context("a file in no folder")?;
+/// Records while `work` runs, which is told for how many seconds. For each agent a flame graph (`.svg`) and the stacks
+/// that it shows (`.folded`: one per line, with its nanoseconds) are left in the folder, named after the row and the
+/// agent's node.
+pub(crate) fn record(
+    agents: &[(String, Pid)],
+    folder: &Path,
+    title: &str,
+    work: impl FnOnce(u64) -> Result<()>,
+) -> Result<()> {
+    if agents.is_empty() {
+        return Ok(());
+    }
     fs::create_dir_all(folder)?;
-    let (data, folded, graph) = (
-        file.with_extension("perf"),
-        file.with_extension("folded"),
-        file.with_extension("svg"),
-    );
-    let pids: Vec<String> = pids.iter().map(Pid::to_string).collect();
+    let name = file_name(title);
+    let data = folder.join(format!("{name}.perf"));
+    let pids: Vec<String> = agents.iter().map(|(_, pid)| pid.to_string()).collect();
     let mut perf = Command::new("perf")
         .args(["record", "--quiet", "--event", "cpu-clock", "--freq", FREQUENCY])
-        .args(["--call-graph", CALL_GRAPH, "--pid", &pids.join(","), "--output"])
+        .args(["--call-graph", CALL_GRAPH, "--mmap-pages", BUFFER])
+        .args(["--pid", &pids.join(","), "--output"])
         .arg(&data)
-        .args(["--", "sleep", &seconds.to_string()])
+        .args(["--", "sleep", &SECONDS.to_string()])
         .stdin(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
         .context("cannot run perf")?;
-    let worked = work();
+    let worked = work(SECONDS + 1);
     let ended = perf.wait()?;
     worked?;
     ensure!(ended.success(), "perf record ended with {ended}");
-    let mut script = Command::new("perf");
-    script.args(["script", "--no-inline", "--input"]).arg(&data);
-    let stacks = shell::output(&mut script)?;
-    Folder::default().collapse(stacks.as_bytes(), BufWriter::new(File::create(&folded)?))?;
-    let mut options = flamegraph::Options::default();
-    flamegraph::from_files(&mut options, &[folded], BufWriter::new(File::create(&graph)?))?;
+    for (node, pid) in agents {
+        let folded = folder.join(format!("{name}-{node}.folded"));
+        let graph = folded.with_extension("svg");
+        let mut script = Command::new("perf");
+        script.args(["script", "--no-inline", "--pid", &pid.to_string(), "--input"]);
+        let stacks = shell::output(script.arg(&data))?;
+        Folder::default().collapse(stacks.as_bytes(), BufWriter::new(File::create(&folded)?))?;
+        let mut options = flamegraph::Options::default();
+        options.title = format!("{title}: the agent of {node}");
+        "ns".clone_into(&mut options.count_name);
+        flamegraph::from_files(&mut options, &[folded], BufWriter::new(File::create(&graph)?))?;
+        eprint!("{} ... ", graph.display());
+    }
     fs::remove_file(data)?;
-    Ok(graph)
+    Ok(())
+}
+
+/// `l4-two-nodes, bulk, 1 flow` is `l4-two-nodes-bulk-1-flow`.
+fn file_name(title: &str) -> String {
+    let words = title.split(|letter: char| !letter.is_ascii_alphanumeric());
+    let words: Vec<&str> = words.filter(|word| !word.is_empty()).collect();
+    words.join("-").to_ascii_lowercase()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::file_name;
+
+    #[test]
+    fn a_title_is_a_file_of_one_folder() {
+        assert_eq!(
+            file_name("l7-same-node, HTTP/1.1, 10 KB, 1 connection"),
+            "l7-same-node-http-1-1-10-kb-1-connection"
+        );
+    }
 }

@@ -9,11 +9,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use mesh_tests::{Options, Pod, Process, shell, until, until_ok};
+use nix::unistd::Pid;
 
+use crate::bare;
 use crate::cpu::{self, Watched};
 use crate::envoy;
+use crate::generator::{Generator, Requests, Way};
 use crate::peer::{Peer, Peers};
-use crate::scenario::{Door, Place};
+use crate::scenario::{Door, Place, Work};
 use crate::world::{self, World};
 use crate::ztunnel;
 
@@ -25,10 +28,12 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 /// One contestant at work. It ends with [`Running::stop`], the agents with [`stop_agents`].
 #[derive(Debug)]
 pub(crate) struct Running {
-    peer: Peer,
+    pub(crate) peer: Peer,
     place: Place,
     /// Those of peers; agents are the mesh's.
     processes: Vec<Process>,
+    /// The agents that take part, by their nodes' names.
+    pub(crate) agents: Vec<(String, Pid)>,
     pub(crate) watched: Watched,
 }
 
@@ -40,6 +45,7 @@ impl Running {
                 start_agents(world)?;
                 Vec::new()
             }
+            Peer::Bare => bare::start(world, peers, place)?,
             Peer::Nginx => vec![nginx(world, peers, place)?],
             Peer::Haproxy => vec![haproxy(world, peers, place)?],
             Peer::Envoy => envoy::start(world, peers, place)?,
@@ -48,28 +54,22 @@ impl Running {
         let mut running = Self {
             peer,
             place,
-            processes: Vec::new(),
+            processes,
+            agents: Vec::new(),
             watched: Watched::default(),
         };
-        let proxies = match peer {
-            // The other node's agent has no part in what stays on one node.
-            Peer::Agent => {
-                let nodes = if place == Place::SameNode { 1 } else { 2 };
-                let agents = world.mesh.agents.iter_mut().take(nodes);
-                agents
-                    .map(|agent| Ok(agent.process()?.id()))
-                    .collect::<Result<Vec<_>>>()?
-            }
-            _ => processes.iter().map(Process::id).collect(),
-        };
-        running.processes = processes;
+        // The other node's agent has no part in what stays on one node.
+        let nodes = if place == Place::SameNode { 1 } else { 2 };
+        for agent in world.mesh.agents.iter_mut().take(nodes) {
+            let pid = Pid::from_raw(i32::try_from(agent.process()?.id())?);
+            running.agents.push((agent.node.clone(), pid));
+        }
+        let families = running.processes.iter().map(|process| cpu::family(process.id()));
+        let mut proxies = families.collect::<Result<Vec<_>>>()?.concat();
+        proxies.extend(running.agents.iter().map(|(_, pid)| *pid));
         running.watched = Watched {
             servers: running.pods(world).server_processes(place)?,
-            proxies: proxies
-                .into_iter()
-                .map(cpu::family)
-                .collect::<Result<Vec<_>>>()?
-                .concat(),
+            proxies,
         };
         Ok(running)
     }
@@ -82,21 +82,36 @@ impl Running {
         }
     }
 
-    pub(crate) fn is_agent(&self) -> bool {
-        self.peer == Peer::Agent
+    /// Puts load on it.
+    pub(crate) fn generator<'w>(&self, world: &'w World, work: Work) -> Result<Generator<'w>> {
+        let client = &self.pods(world).client;
+        let way = |door| -> Result<Way<'w>> {
+            let address = self.address(world, door)?;
+            Ok(Way { client, address })
+        };
+        Ok(match work {
+            Work::Requests {
+                door,
+                bytes,
+                connections,
+            } => Generator::Requests(Requests {
+                client,
+                address: self.address(world, door)?,
+                door,
+                bytes,
+                connections,
+                folder: world.mesh.run.dir(),
+            }),
+            Work::Bulk { flows } => Generator::Bulk(way(Door::Bulk)?, flows),
+            Work::Connect { at_once } => Generator::Connects(way(Door::Tcp)?, at_once),
+        })
     }
 
-    /// Where the load comes from.
-    pub(crate) fn client<'w>(&self, world: &'w World) -> &'w Pod {
-        &self.pods(world).client
-    }
-
-    /// Where it goes to.
-    pub(crate) fn address(&self, world: &World, door: Door) -> Result<SocketAddr> {
+    fn address(&self, world: &World, door: Door) -> Result<SocketAddr> {
         match self.peer {
             Peer::None | Peer::Ztunnel => Ok(self.pods(world).server(self.place).at(world::port(door))),
             Peer::Agent => world::service(self.place, door),
-            Peer::Nginx | Peer::Haproxy | Peer::Envoy => Ok(world::sidecar(door)),
+            Peer::Bare | Peer::Nginx | Peer::Haproxy | Peer::Envoy => Ok(world::sidecar(door)),
         }
     }
 

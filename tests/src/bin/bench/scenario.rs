@@ -2,20 +2,8 @@
 
 use serde::Serialize;
 
-use crate::peer::Peer;
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum Name {
-    L7SameNode,
-    L7TwoNodes,
-    L4TwoNodes,
-    Connect,
-    FastPath,
-    Idle,
-    Churn,
-    Soak,
-}
+pub(crate) use crate::args::Name;
+use crate::args::Peer;
 
 /// Where the server is, as seen from the client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -36,6 +24,17 @@ pub(crate) enum Door {
     Tcp,
     /// iperf3, TCP.
     Bulk,
+}
+
+impl Door {
+    /// Those that lead from node to node. Proxies open them in this order: the last one listens when all do.
+    pub(crate) const BETWEEN_NODES: [Self; 5] = [Self::Tcp, Self::Bulk, Self::Http, Self::Http2, Self::LAST];
+    pub(crate) const LAST: Self = Self::Grpc;
+
+    /// The mesh is to know no more of it.
+    pub(crate) fn is_tcp(self) -> bool {
+        matches!(self, Self::Tcp | Self::Bulk)
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -95,8 +94,15 @@ pub(crate) fn chosen(names: &[Name]) -> Vec<Scenario> {
 }
 
 fn all() -> Vec<Scenario> {
-    let one_hop = &[Peer::None, Peer::Agent, Peer::Nginx, Peer::Haproxy, Peer::Envoy];
-    let two_hops = &[Peer::None, Peer::Agent, Peer::Envoy, Peer::Ztunnel];
+    let one_hop = &[
+        Peer::None,
+        Peer::Bare,
+        Peer::Agent,
+        Peer::Nginx,
+        Peer::Haproxy,
+        Peer::Envoy,
+    ];
+    let two_hops = &[Peer::None, Peer::Bare, Peer::Agent, Peer::Envoy, Peer::Ztunnel];
     vec![
         Scenario {
             name: Name::L7SameNode,
@@ -109,7 +115,7 @@ fn all() -> Vec<Scenario> {
         },
         Scenario {
             name: Name::L7TwoNodes,
-            title: "HTTP between two nodes, mTLS, L7 at both ends (ztunnel: L4 only)",
+            title: "HTTP between two nodes, mTLS, L7 at both ends (ztunnel, bare: bytes only)",
             place: Place::OtherNode,
             peers: two_hops,
             rows: [
@@ -125,7 +131,7 @@ fn all() -> Vec<Scenario> {
             name: Name::L4TwoNodes,
             title: "TCP between two nodes, mTLS",
             place: Place::OtherNode,
-            peers: &[Peer::None, Peer::Agent, Peer::Ztunnel],
+            peers: two_hops,
             rows: vec![
                 requests(Door::Tcp, 100, 32),
                 requests(Door::Tcp, 100, 1),
@@ -137,7 +143,8 @@ fn all() -> Vec<Scenario> {
             name: Name::Connect,
             title: "new TCP connections between two nodes, mTLS",
             place: Place::OtherNode,
-            peers: &[Peer::None, Peer::Agent, Peer::Ztunnel],
+            // Not the bare relay: a handshake for each connection is not the least that one can cost.
+            peers: &[Peer::None, Peer::Agent, Peer::Envoy, Peer::Ztunnel],
             rows: vec![Row {
                 label: "connect, request, end; 16 at a time".to_owned(),
                 work: Work::Connect { at_once: 16 },

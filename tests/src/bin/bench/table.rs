@@ -6,7 +6,7 @@ use std::io::{IsTerminal, stdout};
 use crate::generator::Paced;
 use crate::peer::Peer;
 use crate::record::{Contestant, RowRecord, ScenarioRecord};
-use crate::scenario::Unit;
+use crate::scenario::{Door, Unit, Work};
 use crate::stats::median;
 use crate::targets::{Bound, Verdict};
 
@@ -15,7 +15,7 @@ const FOREIGN: f64 = 0.10;
 const SPREAD: f64 = 0.10;
 
 pub(crate) fn scenario(record: &ScenarioRecord, cpus: usize) -> String {
-    let mut text = format!("\n{}\n", bold(&format!("{} · {}", name(record), record.title)));
+    let mut text = format!("\n{}\n", bold(&format!("{} · {}", record.name, record.title)));
     for row in &record.rows {
         block(&mut text, row);
         let of_row = |verdict: &&Verdict| verdict.row.as_ref() == Some(&row.label);
@@ -104,13 +104,29 @@ fn block(text: &mut String, row: &RowRecord) {
         let _infallible = writeln!(
             text,
             "    {:<32}{:>16}{times}   {:>9}{:>10}{:>9}   {:>7}",
-            contestant.peer.title(),
+            title(row, contestant.peer),
             speed(contestant, titles.digits),
             cost(contestant.system()),
             cost(unless_direct(row.added(contestant.peer))),
             cost(unless_direct(contestant.proxies())),
             shown(unless_direct(rss), 1),
         );
+    }
+}
+
+/// Who is not held to what a row asks of the others is not to look as if it were.
+fn title(row: &RowRecord, peer: Peer) -> String {
+    let routed = matches!(
+        row.work,
+        Work::Requests {
+            door: Door::Routed,
+            ..
+        }
+    );
+    if routed && peer == Peer::Bare {
+        format!("{} (routing not checked)", peer.title())
+    } else {
+        peer.title().to_owned()
     }
 }
 
@@ -176,12 +192,6 @@ fn noise(text: &mut String, record: &ScenarioRecord, cpus: usize) {
     };
     text.push('\n');
     line(text, &format!("{verdict}{figures}"));
-}
-
-fn name(record: &ScenarioRecord) -> String {
-    use clap::ValueEnum;
-    let value = record.name.to_possible_value();
-    value.map_or_else(String::new, |value| value.get_name().to_owned())
 }
 
 fn line(text: &mut String, line: &str) {

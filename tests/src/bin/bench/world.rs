@@ -19,6 +19,8 @@ use crate::scenario::{Door, Place};
 const NAME: &str = "bench";
 /// Where a proxy beside the client listens; the door's number is added.
 const SIDECAR: u16 = 10_080;
+/// Where a proxy beside the server listens for the one beside the client; the door's number is added.
+const BETWEEN: u16 = 15_008;
 
 #[derive(Debug)]
 pub(crate) struct World {
@@ -163,8 +165,16 @@ pub(crate) fn service(place: Place, door: Door) -> Result<SocketAddr> {
 
 /// A proxy beside the client.
 pub(crate) fn sidecar(door: Door) -> SocketAddr {
-    let number = service_port(door) - service_port(Door::Http);
-    ([127, 0, 0, 1], SIDECAR + number).into()
+    ([127, 0, 0, 1], SIDECAR + number(door)).into()
+}
+
+/// The port between a proxy beside the client and one beside the server.
+pub(crate) fn between(door: Door) -> u16 {
+    BETWEEN + number(door)
+}
+
+fn number(door: Door) -> u16 {
+    service_port(door) - service_port(Door::Http)
 }
 
 fn serve(mesh: &Mesh, pod: &mut Pod) -> Result<()> {
