@@ -1,15 +1,16 @@
 //! `cargo xtask bench`: builds everything as users run it, then becomes the bench.
 
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
+use clap::Parser;
 
+use crate::bench_args;
 use crate::build_ebpf;
 use crate::prerequisites;
 use crate::setup::{self, Need};
-use crate::shell::{self, Steps};
+use crate::shell::Steps;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -19,6 +20,9 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
+    // Ends with help, or with what is wrong, before anything is built.
+    let own_name = "cargo xtask bench".to_owned();
+    bench_args::Args::parse_from([&own_name].into_iter().chain(&args.rest));
     setup::ensure(&[Need::Build, Need::Peers, Need::Bench])?;
     let missing = prerequisites::missing();
     if !missing.is_empty() {
@@ -26,9 +30,6 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     let built = build_ebpf::build(&mut Steps::default(), &["mesh-tests"])?;
     let mut bench = Command::new(built.program("bench")?);
-    if !args.rest.iter().any(|option| option.starts_with("--output")) {
-        bench.arg("--output").arg(default_output()?);
-    }
     bench
         .args(&args.rest)
         .env("MESH_AGENT_BIN", &built.agent)
@@ -36,10 +37,4 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     eprintln!("==> bench");
     // In our place: Ctrl-C reaches the one process that cleans up, and the shell waits for it.
     Err(bench.exec()).context("cannot run the bench")
-}
-
-fn default_output() -> Result<PathBuf> {
-    let folder = shell::target_dir();
-    std::fs::create_dir_all(&folder)?;
-    Ok(folder.join("bench.json"))
 }

@@ -4,6 +4,9 @@
 #[expect(unreachable_pub, reason = "it is a module of a library, for others")]
 mod agent_args;
 mod bench;
+#[path = "../../tests/src/bin/bench/args.rs"]
+#[expect(dead_code, reason = "what only the bench itself needs")]
+mod bench_args;
 mod build_ebpf;
 mod ci;
 mod cross;
