@@ -14,9 +14,10 @@ use nix::unistd::Pid;
 
 /// Samples per second and thread; not a divisor of any timer's rate.
 const FREQUENCY: &str = "499";
-/// By the debugging information: release builds keep no frame pointers. So many bytes of stack per sample; with
-/// 8 KB nine of ten were cut off somewhere inside the runtime, and one function stood at many places of the graph.
-const CALL_GRAPH: &str = "dwarf,32768";
+/// By the debugging information: release builds keep no frame pointers. So many bytes of stack per sample, as many as
+/// there can be: a stack that is cut off in the middle puts one function at many places of the graph, and 32 KB
+/// are less than half of the stacks where streams arrive.
+const CALL_GRAPH: &str = "dwarf,65528";
 /// Room for such samples while perf is busy with the last ones.
 const BUFFER: &str = "16M";
 /// Longer than a round of a quick run, which has too few samples.
