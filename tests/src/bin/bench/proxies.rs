@@ -107,6 +107,7 @@ impl Running {
         })
     }
 
+    /// Where its load goes to.
     fn address(&self, world: &World, door: Door) -> Result<SocketAddr> {
         match self.peer {
             Peer::None | Peer::Ztunnel => Ok(self.pods(world).server(self.place).at(world::port(door))),
