@@ -6,7 +6,7 @@
 
 use std::future::Future;
 use std::pin::pin;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use http::{Request, Response, request};
@@ -51,7 +51,7 @@ async fn answer(outbound: Arc<Outbound>, mut parts: Box<request::Parts>, body: I
     outbound.proxy.retries.deposit();
     let snapshot = outbound.proxy.store.load();
     let source = outbound.local.workload();
-    let planned = OnceLock::new();
+    let mut planned = None;
     let mut asked = Asked::begin(&outbound, (&snapshot, &source), Exchange::begin(line));
     let (exchange, tried) = (&asked.exchange, &mut asked.tried);
     let sent = async {
@@ -60,8 +60,7 @@ async fn answer(outbound: Arc<Outbound>, mut parts: Box<request::Parts>, body: I
         if parts.method == http::Method::CONNECT {
             return Err(Error::new(Kind::BadRequest, "CONNECT is not for a service"));
         }
-        let plan = Plan::make(&outbound, &snapshot, &source, &mut parts)?;
-        let plan = planned.get_or_init(|| plan);
+        let plan = &*planned.insert(Plan::make(&outbound, &snapshot, &source, &mut parts)?);
         tried.service = plan.candidates.service;
         tried.rule = plan.rule;
         tried.deadline = plan.timeouts.request.map(|limit| exchange.started + limit);
