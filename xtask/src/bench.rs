@@ -11,6 +11,7 @@ use crate::build_ebpf;
 use crate::prerequisites;
 use crate::setup::{self, Need};
 use crate::shell::Steps;
+use crate::train::Profile;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -28,11 +29,25 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if !missing.is_empty() {
         bail!("the bench cannot run here:\n  - {}", missing.join("\n  - "));
     }
-    let built = build_ebpf::build(&mut Steps::default(), &["mesh-tests"])?;
+    let mut steps = Steps::default();
+    let built = build_ebpf::build(&mut steps, &["mesh-tests"])?;
+    // What users get.
+    let (agent, how) = match Profile::of_last_training()? {
+        Some(profile) => {
+            let title = "build the agent with the profile of the last training";
+            let trained = build_ebpf::build_with(&mut steps, title, profile.cargo_build()?, &[])?;
+            (trained.agent, "trained")
+        }
+        None => {
+            eprintln!("the agent is built without a profile: `cargo xtask train` makes one, and it faster");
+            (built.agent.clone(), "not trained")
+        }
+    };
     let mut bench = Command::new(built.program("bench")?);
     bench
         .args(&args.rest)
-        .env("MESH_AGENT_BIN", &built.agent)
+        .env("MESH_AGENT_BIN", agent)
+        .env("MESH_AGENT_BUILD", how)
         .env("MESH_PEER_BIN", built.program("mesh-peer")?);
     eprintln!("==> bench");
     // In our place: Ctrl-C reaches the one process that cleans up, and the shell waits for it.

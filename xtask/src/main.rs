@@ -20,6 +20,7 @@ mod prerequisites;
 mod setup;
 mod shell;
 mod test;
+mod train;
 
 use std::process::ExitCode;
 
@@ -43,6 +44,8 @@ enum Command {
     /// The agent and other proxies side by side: speed, CPU and memory.
     #[command(disable_help_flag = true)]
     Bench(bench::Args),
+    /// Run the agent under load and keep what its code did: `dist` and `bench` build a faster agent with that.
+    Train,
     /// Pack what users download: the agent and what belongs to it, for each architecture, with checksums.
     Dist(dist::Args),
     /// Check format, clippy for host and bpf target, dependencies, layers and budgets.
@@ -61,6 +64,7 @@ fn main() -> ExitCode {
         Command::BuildEbpf => build_ebpf::run(),
         Command::Demo(args) => demo::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Train => train::run(),
         Command::Dist(args) => dist::run(&args),
         Command::Lint => lint::run(),
         Command::Test(args) => test::run(&args),

@@ -17,10 +17,11 @@ use object::LittleEndian;
 use object::read::elf::ElfFile64;
 
 use self::tarball::Entry;
-use crate::build_ebpf::Built;
+use crate::build_ebpf::{self, Built};
 use crate::cross::{self, Arch};
 use crate::setup::{self, Need};
 use crate::shell::{self, Steps};
+use crate::train::Profile;
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
@@ -70,7 +71,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let mut steps = Steps::default();
     let built: Vec<_> = wanted
         .into_iter()
-        .map(|arch| Ok((arch, cross::build(&mut steps, arch, &[], &[])?)))
+        .map(|arch| Ok((arch, build(&mut steps, arch)?)))
         .collect::<Result<_>>()?;
     check_objects(&built)?;
     let mut files = Vec::new();
@@ -89,6 +90,20 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         eprintln!("{:>9.1} MB  {}", size as f64 / 1e6, folder.join(file).display());
     }
     Ok(())
+}
+
+/// With the profile of the last training, where there was one on this architecture.
+fn build(steps: &mut Steps, arch: Arch) -> Result<Built> {
+    match Profile::of_last_training()?.filter(|_| arch.is_host()) {
+        Some(profile) => {
+            let title = format!("build for {arch} with the profile of the last training");
+            build_ebpf::build_with(steps, &title, profile.cargo_build()?, &[])
+        }
+        None => {
+            eprintln!("{arch}: without a profile; `cargo xtask train` makes one on a machine of that kind");
+            cross::build(steps, arch, &[], &[])
+        }
+    }
 }
 
 /// What is tested of the kernel side on one architecture holds for the others too: it is the same object.

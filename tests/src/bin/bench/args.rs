@@ -31,6 +31,9 @@ pub(crate) struct Args {
     /// Turns of each contestant.
     #[arg(long)]
     pub(crate) rounds: Option<usize>,
+    /// How long each measurement takes.
+    #[arg(long)]
+    pub(crate) seconds: Option<u64>,
     /// Envoy's program.
     #[arg(long, default_value = "envoy")]
     pub(crate) envoy: PathBuf,
@@ -123,7 +126,7 @@ impl Args {
         let (rounds, seconds, soak_seconds) = if self.quick { (3, 2, 60) } else { (7, 5, 600) };
         Effort {
             rounds: self.rounds.unwrap_or(rounds).max(2),
-            seconds,
+            seconds: self.seconds.unwrap_or(seconds).max(1),
             soak_seconds,
         }
     }

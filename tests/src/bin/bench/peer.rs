@@ -68,11 +68,18 @@ impl Peers {
                 .context("no path given")
                 .and_then(|program| find(&program, option))
             {
-                Ok((program, version)) => peers.found.push(Found {
-                    peer,
-                    program,
-                    version,
-                }),
+                Ok((program, mut version)) => {
+                    if peer == Peer::Agent
+                        && let Ok(build) = env::var("MESH_AGENT_BUILD")
+                    {
+                        version = format!("{version} ({build})");
+                    }
+                    peers.found.push(Found {
+                        peer,
+                        program,
+                        version,
+                    });
+                }
                 Err(error) => peers.missing.push((peer, format!("{error:#}; {how}"))),
             }
         }
