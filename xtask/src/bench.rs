@@ -11,7 +11,7 @@ use crate::build_ebpf;
 use crate::prerequisites;
 use crate::setup::{self, Need};
 use crate::shell::Steps;
-use crate::train::Profile;
+use crate::train;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -32,12 +32,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let mut steps = Steps::default();
     let built = build_ebpf::build(&mut steps, &["mesh-tests"])?;
     // What users get.
-    let (agent, how) = match Profile::of_last_training()? {
-        Some(profile) => {
-            let title = "build the agent with the profile of the last training";
-            let trained = build_ebpf::build_with(&mut steps, title, profile.cargo_build()?, &[])?;
-            (trained.agent, "trained")
-        }
+    let (agent, how) = match train::build(&mut steps)? {
+        Some(trained) => (trained.agent, "trained"),
         None => {
             eprintln!("the agent is built without a profile: `cargo xtask train` makes one, and it faster");
             (built.agent.clone(), "not trained")

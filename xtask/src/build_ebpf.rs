@@ -49,7 +49,7 @@ pub(crate) fn build_with(steps: &mut Steps, title: &str, mut cargo: Command, als
     let built = steps.run(title, || {
         if also.is_empty() {
             // Cargo gives crates the features that any of the packages wants: so the agent that is released is,
-            // to the byte, the one that the tests run.
+            // to the byte, the one that the tests run (a trained one is tested with `test --trained`).
             cargo.args(["--package", "mesh-tests", "--bin", "mesh-agent"]);
         }
         cargo.args(also.iter().flat_map(|package| ["--package", package]));

@@ -6,19 +6,23 @@
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::build_ebpf;
 use crate::prerequisites;
 use crate::setup::{self, Need};
 use crate::shell::{self, Steps};
+use crate::train;
 
 #[derive(Debug, Default, clap::Args)]
 pub(crate) struct Args {
     /// Leave out what cannot run here, and say what that is.
     #[arg(long)]
     allow_missing: bool,
+    /// Test the agent that `dist` makes after a training.
+    #[arg(long)]
+    trained: bool,
     /// Run only tests whose name contains this.
     filter: Option<String>,
 }
@@ -48,10 +52,18 @@ pub(crate) fn run_steps(steps: &mut Steps, args: &Args) -> Result<()> {
     }
     // With the tests, so that what both are made of is compiled once.
     let built = build_ebpf::build(steps, &["mesh-tests"])?;
-    let unfit = prerequisites::unfit(&built.agent)?;
+    let agent = match args.trained {
+        true => {
+            train::build(steps)?
+                .context("there was no training: run `cargo xtask train`")?
+                .agent
+        }
+        false => built.agent,
+    };
+    let unfit = prerequisites::unfit(&agent)?;
     admit(&unfit, args)?;
     if unfit.is_empty() {
-        steps.try_run("privileged tests", || privileged(&built.agent, args));
+        steps.try_run("privileged tests", || privileged(&agent, args));
     } else {
         leave_out(&unfit);
     }

@@ -31,7 +31,7 @@ pub(crate) fn run() -> Result<()> {
         bail!("no training here:\n  - {}", missing.join("\n  - "));
     }
     Steps::timed(|steps| {
-        let profile = Profile::path()?;
+        let profile = profile()?;
         let merge = profdata()?;
         let folder = folder();
         // Counts of another build would be merged with today's.
@@ -62,6 +62,18 @@ pub(crate) fn run() -> Result<()> {
     })
 }
 
+/// Builds the agent with the profile of the last training, if there was one by the compiler in use.
+pub(crate) fn build(steps: &mut Steps) -> Result<Option<Built>> {
+    let profile = profile()?;
+    if !profile.is_file() {
+        return Ok(None);
+    }
+    let mut cargo = apart("trained")?;
+    flags(&mut cargo, &format!("-Cprofile-use={}", profile.display()))?;
+    let title = "build the agent with the profile of the last training";
+    build_ebpf::build_with(steps, title, cargo, &[]).map(Some)
+}
+
 fn train(counting: &Built, tools: &Built, folder: &Path) -> Result<()> {
     shell::run(
         Command::new(tools.program("bench")?)
@@ -75,37 +87,13 @@ fn train(counting: &Built, tools: &Built, folder: &Path) -> Result<()> {
     )
 }
 
-/// What a training left.
-#[derive(Debug)]
-pub(crate) struct Profile(PathBuf);
-
-impl Profile {
-    /// That of the last training by the compiler in use, if there was one.
-    pub(crate) fn of_last_training() -> Result<Option<Self>> {
-        let path = Self::path()?;
-        Ok(path.is_file().then_some(Self(path)))
-    }
-
-    /// A cargo build that is optimised with it, in a target folder of its own: all would be compiled anew at each
-    /// change between builds with it and without.
-    pub(crate) fn cargo_build(&self) -> Result<Command> {
-        let mut cargo = apart("trained")?;
-        flags(&mut cargo, &format!("-Cprofile-use={}", self.0.display()))?;
-        Ok(cargo)
-    }
-
-    fn path() -> Result<PathBuf> {
-        // The commit of the compiler, too: nightly ones share a number.
-        let about = shell::output(rustc().arg("--version"))?;
-        let version = about
-            .split_whitespace()
-            .skip(1)
-            .take(2)
-            .collect::<Vec<_>>()
-            .join("-");
-        let version = version.replace('(', "");
-        Ok(folder().join(format!("agent-{version}.profdata")))
-    }
+/// Where a profile is kept, for this compiler.
+fn profile() -> Result<PathBuf> {
+    let about = shell::output(rustc().arg("--version"))?;
+    // The commit, too: nightly ones share a number.
+    let version: Vec<_> = about.split_whitespace().skip(1).take(2).collect();
+    let version = version.join("-").replace('(', "");
+    Ok(folder().join(format!("agent-{version}.profdata")))
 }
 
 fn folder() -> PathBuf {
@@ -118,7 +106,8 @@ fn rustc() -> Command {
     rustc
 }
 
-/// A cargo build beside the usual one.
+/// A cargo build beside the usual one, in a target folder of its own: all would be compiled anew at each change
+/// between builds with one set of flags and another.
 fn apart(name: &str) -> Result<Command> {
     let host = Arch::ALL.into_iter().find(|arch| arch.is_host());
     let host = host.with_context(|| format!("no agent runs on {}", std::env::consts::ARCH))?;

@@ -17,11 +17,11 @@ use object::LittleEndian;
 use object::read::elf::ElfFile64;
 
 use self::tarball::Entry;
-use crate::build_ebpf::{self, Built};
+use crate::build_ebpf::Built;
 use crate::cross::{self, Arch};
 use crate::setup::{self, Need};
 use crate::shell::{self, Steps};
-use crate::train::Profile;
+use crate::train;
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
@@ -94,16 +94,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 
 /// With the profile of the last training, where there was one on this architecture.
 fn build(steps: &mut Steps, arch: Arch) -> Result<Built> {
-    match Profile::of_last_training()?.filter(|_| arch.is_host()) {
-        Some(profile) => {
-            let title = format!("build for {arch} with the profile of the last training");
-            build_ebpf::build_with(steps, &title, profile.cargo_build()?, &[])
-        }
-        None => {
-            eprintln!("{arch}: without a profile; `cargo xtask train` makes one on a machine of that kind");
-            cross::build(steps, arch, &[], &[])
-        }
+    if arch.is_host()
+        && let Some(trained) = train::build(steps)?
+    {
+        return Ok(trained);
     }
+    eprintln!("{arch}: without a profile; `cargo xtask train` makes one on a machine of that kind");
+    cross::build(steps, arch, &[], &[])
 }
 
 /// What is tested of the kernel side on one architecture holds for the others too: it is the same object.
