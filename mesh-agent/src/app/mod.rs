@@ -46,7 +46,7 @@ const WORKLOADS: &str = "workloads";
 /// Runs the agent until it is told to stop. Call it on the control runtime; the data path has `lanes`.
 pub async fn run(config: AgentConfig, log: LogHandle, lanes: Lanes) -> anyhow::Result<()> {
     check_node(&config)?;
-    bound_process();
+    bound_process(lanes.clone());
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
     let identities = Identities::open_embedded(&config.ca_directory, &config.trust_domain)
@@ -162,9 +162,9 @@ fn keep_alive(lanes: &Lanes, capture: Capture, pulse: Pulse) {
 }
 
 /// What the process may take, and what it may keep.
-fn bound_process() {
+fn bound_process(lanes: Lanes) {
     memory::bound_slack();
-    tokio::spawn(memory::keep_small());
+    tokio::spawn(memory::keep_small(lanes));
     raise_descriptor_limit();
 }
 

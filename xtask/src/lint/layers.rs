@@ -23,7 +23,7 @@ const LAYERS: [(&str, Imports); 27] = [
     ("model", Imports::Only(&[])),
     ("drain", Imports::Only(&[])),
     ("lanes", Imports::Only(&[])),
-    ("memory", Imports::Only(&[])),
+    ("memory", Imports::Only(&["lanes"])),
     ("log_filter", Imports::Only(&[])),
     ("telemetry", Imports::Only(&["log_filter"])),
     ("sock", Imports::Only(&[])),
