@@ -17,6 +17,7 @@ mod fast;
 mod fixture;
 mod grpc;
 mod http;
+mod instructions;
 mod life;
 mod mtls;
 mod pods;
