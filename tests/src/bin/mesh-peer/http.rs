@@ -159,7 +159,9 @@ fn dated(second: u64) -> Response<Frames> {
     let mut response = status(200);
     let (minute, second) = (second / 60 % 60, second % 60);
     let date = format!("Thu, 01 Jan 1970 00:{minute:02}:{second:02} GMT");
-    response.headers_mut().extend(date.parse().ok().map(|date| (DATE, date)));
+    response
+        .headers_mut()
+        .extend(date.parse().ok().map(|date| (DATE, date)));
     response
 }
 
