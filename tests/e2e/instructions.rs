@@ -39,6 +39,8 @@ struct Most {
     later: u64,
 }
 
+/// Measured, in ten runs of which five beside busy loops: 65,955 to 66,194 at the client's end and 68,609 to 68,679 at
+/// the server's, later 70,783 to 71,066 and 72,846 to 73,157. A copy of a request's headers takes some 800.
 const MOST: [Most; 2] = [
     Most {
         node: "node-a",
