@@ -17,6 +17,9 @@ mod fast;
 mod fixture;
 mod grpc;
 mod http;
+// Another processor has other instructions, and other counts.
+#[cfg(target_arch = "x86_64")]
+mod instructions;
 mod life;
 mod mtls;
 mod pods;

@@ -27,7 +27,7 @@ const COMPILER_PACKAGES: [&str; 2] = ["rustc-web", "libstd-rust-web-dev-bpf"];
 const LINKER_PACKAGES: [&str; 2] = ["llvm-22-dev", "libpolly-22-dev"];
 
 /// The peers of the tests and the demo: a program or file that must be there, and the package that brings it.
-const PEERS: [(&str, &str); 10] = [
+const PEERS: [(&str, &str); 11] = [
     (
         "/usr/lib/python3/dist-packages/grpc/__init__.py",
         "python3-grpcio",
@@ -41,6 +41,8 @@ const PEERS: [(&str, &str); 10] = [
     ("perf", "linux-perf"),
     ("ping", "iputils-ping"),
     ("tcpdump", "tcpdump"),
+    // It tells valgrind what to do, and is in one package with it.
+    ("vgdb", "valgrind"),
 ];
 
 /// What the bench runs beside them.

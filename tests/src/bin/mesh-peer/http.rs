@@ -3,6 +3,7 @@
 //! | path | does |
 //! |---|---|
 //! | `/status/N` | answers N |
+//! | `/dated?second=N` | answers 200, dated to that second of the first hour of 1970 |
 //! | `/slow?ms=N` | answers after N ms |
 //! | `/stream?chunks=N&bytes=N&ms=N` | N chunks, one each N ms |
 //! | `/echo` | returns the body as it comes, trailers too |
@@ -27,7 +28,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http_body_util::BodyExt;
 use hyper::body::{Body, Frame, Incoming};
-use hyper::header::{CONNECTION, CONTENT_TYPE, UPGRADE};
+use hyper::header::{CONNECTION, CONTENT_TYPE, DATE, UPGRADE};
 use hyper::service::service_fn;
 use hyper::{HeaderMap, Request, Response, StatusCode};
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -80,6 +81,7 @@ async fn answer(
         grpc(request)
     } else {
         match request.uri().path() {
+            "/dated" => dated(number(&request, "second")),
             "/slow" => {
                 tokio::time::sleep(Duration::from_millis(number(&request, "ms"))).await;
                 text("slow\n")
@@ -150,6 +152,17 @@ fn stream(request: &Request<Incoming>) -> Response<Frames> {
         }
         Some(())
     }))
+}
+
+/// What a real server would take a second for.
+fn dated(second: u64) -> Response<Frames> {
+    let mut response = status(200);
+    let (minute, second) = (second / 60 % 60, second % 60);
+    let date = format!("Thu, 01 Jan 1970 00:{minute:02}:{second:02} GMT");
+    response
+        .headers_mut()
+        .extend(date.parse().ok().map(|date| (DATE, date)));
+    response
 }
 
 fn trailers() -> Response<Frames> {
