@@ -22,8 +22,9 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     // Ends with help, or with what is wrong, before anything is built.
-    let own_name = "cargo xtask bench".to_owned();
-    bench_args::Args::parse_from([&own_name].into_iter().chain(&args.rest));
+    let name = ["cargo xtask bench"].into_iter();
+    let wanted = bench_args::Args::parse_from(name.chain(args.rest.iter().map(String::as_str)));
+    let trained = wanted.trained.then(train::profile).transpose()?;
     setup::ensure(&[Need::Build, Need::Peers, Need::Bench])?;
     let missing = prerequisites::missing();
     if !missing.is_empty() {
@@ -31,19 +32,14 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     let mut steps = Steps::default();
     let built = build_ebpf::build(&mut steps, &["mesh-tests"])?;
-    // What users get.
-    let (agent, how) = match train::build(&mut steps)? {
-        Some(trained) => (trained.agent, "trained"),
-        None => {
-            eprintln!("the agent is built without a profile: `cargo xtask train` makes one, and it faster");
-            (built.agent.clone(), "not trained")
-        }
+    let agent = match &trained {
+        Some(profile) => train::build(&mut steps, profile)?.agent,
+        None => built.agent.clone(),
     };
     let mut bench = Command::new(built.program("bench")?);
     bench
         .args(&args.rest)
         .env("MESH_AGENT_BIN", agent)
-        .env("MESH_AGENT_BUILD", how)
         .env("MESH_PEER_BIN", built.program("mesh-peer")?);
     eprintln!("==> bench");
     // In our place: Ctrl-C reaches the one process that cleans up, and the shell waits for it.

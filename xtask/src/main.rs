@@ -44,7 +44,7 @@ enum Command {
     /// The agent and other proxies side by side: speed, CPU and memory.
     #[command(disable_help_flag = true)]
     Bench(bench::Args),
-    /// Run the agent under load and keep what its code did: `dist` and `bench` build a faster agent with that.
+    /// Run the agent under load and keep what its code did; `bench`, `dist` and `test --trained` build a faster agent with that.
     Train,
     /// Pack what users download: the agent and what belongs to it, for each architecture, with checksums.
     Dist(dist::Args),

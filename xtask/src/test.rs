@@ -6,7 +6,7 @@
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use serde_json::Value;
 
 use crate::build_ebpf;
@@ -20,7 +20,7 @@ pub(crate) struct Args {
     /// Leave out what cannot run here, and say what that is.
     #[arg(long)]
     allow_missing: bool,
-    /// Test the agent that `dist` makes after a training.
+    /// Test the agent that `dist --trained` makes.
     #[arg(long)]
     trained: bool,
     /// Run only tests whose name contains this.
@@ -34,6 +34,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 pub(crate) fn run_steps(steps: &mut Steps, args: &Args) -> Result<()> {
     let missing = missing();
     admit(&missing, args)?;
+    let trained = args.trained.then(train::profile).transpose()?;
     steps.try_run("unit tests", || {
         let mut cargo = shell::cargo("test");
         cargo.args([
@@ -52,13 +53,9 @@ pub(crate) fn run_steps(steps: &mut Steps, args: &Args) -> Result<()> {
     }
     // With the tests, so that what both are made of is compiled once.
     let built = build_ebpf::build(steps, &["mesh-tests"])?;
-    let agent = match args.trained {
-        true => {
-            train::build(steps)?
-                .context("there was no training: run `cargo xtask train`")?
-                .agent
-        }
-        false => built.agent,
+    let agent = match &trained {
+        Some(profile) => train::build(steps, profile)?.agent,
+        None => built.agent,
     };
     let unfit = prerequisites::unfit(&agent)?;
     admit(&unfit, args)?;

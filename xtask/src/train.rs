@@ -1,28 +1,28 @@
-//! `cargo xtask train`: runs the agent under load, and keeps what its code did for the builds that users get.
+//! `cargo xtask train`: runs the agent under load, and keeps what its code did for the builds that are asked for it.
 //!
-//! Profile-guided optimisation: the compiler then knows which code is hot. That is what the agent's CPU per request
-//! hangs on where it shares its caches with the applications, and what keeps code that is hardly ever run out of
-//! memory. A profile is of one compiler, and good for sources that have changed a little since: functions that it
-//! does not know are compiled as without it.
+//! Profile-guided optimisation: the compiler then knows which code is hot and which never ran. That is what the agent's
+//! CPU per request hangs on where it shares its caches with the applications. Invariants: a profile is of one
+//! compiler and one architecture; nothing is built with one unless the user says so (`--trained`); a training in which
+//! anything failed leaves the last one's profile. What has changed since a training is compiled as without a profile, and
+//! the compiler says so.
 
-use std::ffi::OsStr;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::build_ebpf::{self, Built};
 use crate::cross::Arch;
 use crate::prerequisites;
-use crate::setup::{self, Need};
+use crate::setup::{self, LLVM_PREFIX, Need};
 use crate::shell::{self, Steps};
 
 /// What the agent is trained with: each kind of traffic that it carries, for a short time each.
 const LESSONS: [&str; 4] = ["l7-same-node", "l7-two-nodes", "l4-two-nodes", "connect"];
-
-/// Debian's LLVM, which compiling the kernel side needs anyway.
-const DEBIAN_LLVM: &str = "/usr/lib/llvm-22/bin";
+/// The agents of these: two in each of two rounds. Each leaves a file of counts.
+const LEAST_COUNTS: usize = 2 * 2 * LESSONS.len();
 
 pub(crate) fn run() -> Result<()> {
     setup::ensure(&[Need::Build, Need::Peers, Need::Bench])?;
@@ -31,73 +31,99 @@ pub(crate) fn run() -> Result<()> {
         bail!("no training here:\n  - {}", missing.join("\n  - "));
     }
     Steps::timed(|steps| {
-        let profile = profile()?;
+        let profile = path()?;
         let merge = profdata()?;
-        let folder = folder();
-        // Counts of another build would be merged with today's.
-        let counts = folder.join("counts");
-        match fs::remove_dir_all(&counts) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(error).with_context(|| format!("cannot empty {}", counts.display()));
-            }
-            _ => fs::create_dir_all(&counts)?,
-        }
+        let counts = empty_folder("counts")?;
         let mut cargo = apart("counting")?;
         flags(&mut cargo, &format!("-Cprofile-generate={}", counts.display()))?;
         let counting = build_ebpf::build_with(steps, "build an agent that counts", cargo, &[])?;
         let tools = build_ebpf::build(steps, &["mesh-tests"])?;
-        steps.run("train", || train(&counting, &tools, &folder))?;
+        steps.run("train", || train(&counting, &tools, &counts))?;
         steps.run("merge the counts", || {
-            shell::run(
-                Command::new(merge)
-                    .args(["merge", "--sparse", "--output"])
-                    .args([&profile, &counts]),
-            )
+            // Broken off, it leaves no half of a profile.
+            let new = profile.with_extension("new");
+            // Not sparse: what never ran must be known, too.
+            let mut merge = Command::new(merge);
+            shell::run(merge.args(["merge", "--output"]).args([&new, &counts]))?;
+            fs::rename(&new, &profile)?;
+            Ok(fs::remove_dir_all(&counts)?)
         })?;
         eprintln!(
-            "{}: `cargo xtask dist` and `cargo xtask bench` build with it from now on",
+            "{}: `bench`, `dist` and `test` build with it when they are told --trained",
             profile.display()
         );
         Ok(())
     })
 }
 
-/// Builds the agent with the profile of the last training, if there was one by the compiler in use.
-pub(crate) fn build(steps: &mut Steps) -> Result<Option<Built>> {
-    let profile = profile()?;
+/// The profile of the last training by this compiler.
+pub(crate) fn profile() -> Result<PathBuf> {
+    let profile = path()?;
     if !profile.is_file() {
-        return Ok(None);
+        bail!(
+            "there was no training by this compiler (no {}): run `cargo xtask train` first",
+            profile.display()
+        );
     }
-    let mut cargo = apart("trained")?;
-    flags(&mut cargo, &format!("-Cprofile-use={}", profile.display()))?;
-    let title = "build the agent with the profile of the last training";
-    build_ebpf::build_with(steps, title, cargo, &[]).map(Some)
+    Ok(profile)
 }
 
-fn train(counting: &Built, tools: &Built, folder: &Path) -> Result<()> {
+/// Builds the agent with a profile.
+pub(crate) fn build(steps: &mut Steps, profile: &Path) -> Result<Built> {
+    let mut cargo = apart("trained")?;
+    flags(&mut cargo, &format!("-Cprofile-use={}", profile.display()))?;
+    build_ebpf::build_with(steps, "build the trained agent", cargo, &[])
+}
+
+fn train(counting: &Built, tools: &Built, counts: &Path) -> Result<()> {
     shell::run(
         Command::new(tools.program("bench")?)
             .args(LESSONS)
             .args(["--peer", "none", "--rounds", "2", "--seconds", "1", "--output"])
-            .arg(folder.join("training.json"))
+            .arg(counts.with_file_name("training.json"))
             .env("MESH_AGENT_BIN", &counting.agent)
             .env("MESH_PEER_BIN", tools.program("mesh-peer")?)
             // One file for each process, so that none overwrites another's.
-            .env("LLVM_PROFILE_FILE", folder.join("counts/%p.profraw")),
-    )
+            .env("LLVM_PROFILE_FILE", counts.join("%p.profraw")),
+    )?;
+    let files = fs::read_dir(counts)?.count();
+    ensure!(
+        files >= LEAST_COUNTS,
+        "only {files} agents left their counts, of {LEAST_COUNTS} that ran"
+    );
+    Ok(())
 }
 
-/// Where a profile is kept, for this compiler.
-fn profile() -> Result<PathBuf> {
+/// Where a profile is kept, for this compiler and this machine's architecture.
+fn path() -> Result<PathBuf> {
     let about = shell::output(rustc().arg("--version"))?;
     // The commit, too: nightly ones share a number.
     let version: Vec<_> = about.split_whitespace().skip(1).take(2).collect();
     let version = version.join("-").replace('(', "");
-    Ok(folder().join(format!("agent-{version}.profdata")))
+    Ok(folder().join(format!("{}-{version}.profdata", host()?)))
 }
 
 fn folder() -> PathBuf {
     shell::target_dir().join("training")
+}
+
+/// One of its folders, without what an earlier training left there.
+fn empty_folder(name: &str) -> Result<PathBuf> {
+    let folder = folder().join(name);
+    match fs::remove_dir_all(&folder) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot empty {}", folder.display()))
+        }
+        _ => {
+            fs::create_dir_all(&folder)?;
+            Ok(folder)
+        }
+    }
+}
+
+fn host() -> Result<Arch> {
+    let host = Arch::ALL.into_iter().find(|arch| arch.is_host());
+    host.with_context(|| format!("no agent runs on {}", std::env::consts::ARCH))
 }
 
 fn rustc() -> Command {
@@ -106,20 +132,18 @@ fn rustc() -> Command {
     rustc
 }
 
-/// A cargo build beside the usual one, in a target folder of its own: all would be compiled anew at each change
-/// between builds with one set of flags and another.
+/// A cargo build in a target folder of its own: all would be compiled anew at each change between builds with one set of
+/// flags and another.
 fn apart(name: &str) -> Result<Command> {
-    let host = Arch::ALL.into_iter().find(|arch| arch.is_host());
-    let host = host.with_context(|| format!("no agent runs on {}", std::env::consts::ARCH))?;
     let mut cargo = shell::cargo("build");
     cargo
         .env("CARGO_TARGET_DIR", folder().join(name))
         // Named, or the flags would be those of build scripts and macros too.
-        .args(["--target", &host.target()]);
+        .args(["--target", &host()?.target()]);
     Ok(cargo)
 }
 
-/// Sets the compiler's flags, where the user has none.
+/// Sets the compiler's flags, in the place of those in cargo's configuration, of which the project has none.
 fn flags(cargo: &mut Command, flags: &str) -> Result<()> {
     for variable in ["RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS"] {
         if std::env::var_os(variable).is_some_and(|value| !value.is_empty()) {
@@ -131,13 +155,13 @@ fn flags(cargo: &mut Command, flags: &str) -> Result<()> {
     Ok(())
 }
 
-/// The program that merges counts, of the compiler's LLVM: each version has a format of its own.
+/// The program that merges counts: the compiler's own, or that of the LLVM which compiling the kernel side needs.
 fn profdata() -> Result<PathBuf> {
     let libraries = shell::output(rustc().args(["--print", "target-libdir"]))?;
     let component = Path::new(libraries.trim()).with_file_name("bin");
-    [component.as_path(), Path::new(DEBIAN_LLVM)]
+    [component, Path::new(LLVM_PREFIX).join("bin")]
         .into_iter()
-        .map(|folder| folder.join(OsStr::new("llvm-profdata")))
+        .map(|folder| folder.join("llvm-profdata"))
         .find(|file| file.is_file())
         .context("no llvm-profdata: `rustup component add llvm-tools` brings it")
 }

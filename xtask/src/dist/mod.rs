@@ -1,7 +1,8 @@
 //! `cargo xtask dist`: what users download, for each architecture.
 //!
 //! One tarball with everything to run the agent, its debugging information in a file beside it, and the checksums
-//! of all. The same agent packed twice gives the same bytes: nothing of the machine or of the hour goes in.
+//! of all. The same agent packed twice gives the same bytes: nothing of the machine or of the hour goes in, but with
+//! `--trained` the profile that lies beside it.
 
 mod notices;
 mod sums;
@@ -28,11 +29,15 @@ const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// What the name of the file with debugging information ends with.
 const DEBUG_SUFFIX: &str = ".debug";
 
+/// What the name of a trained agent's profile ends with.
+const PROFILE_SUFFIX: &str = ".profdata";
+
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 In the output folder, for each architecture:
   mesh-agent-VERSION-linux-ARCH.tar.gz   the agent and what belongs to it
   mesh-agent-VERSION-linux-ARCH.debug    its debugging information: put it beside the agent
+  mesh-agent-VERSION-linux-ARCH.profdata with --trained: the profile, which whoever wants to make the same needs
   SHA256SUMS                             of all these files: sha256sum --check SHA256SUMS
 
 Times in the tarball are that of the commit, or $SOURCE_DATE_EPOCH.")]
@@ -40,6 +45,9 @@ pub(crate) struct Args {
     /// What to build for; as often as wanted. Default: this machine.
     #[arg(long, value_enum)]
     arch: Vec<Arch>,
+    /// Optimise the agent with the profile of the last `cargo xtask train`, and put that beside it.
+    #[arg(long)]
+    trained: bool,
     /// Where to put it; `dist` in the target folder without it.
     #[arg(long, value_name = "FOLDER")]
     output: Option<PathBuf>,
@@ -59,6 +67,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         Some(folder) => env::current_dir()?.join(folder),
         None => shell::target_dir().join("dist"),
     };
+    let trained = args.trained.then(train::profile).transpose()?;
+    if trained.is_some() && wanted.iter().any(|arch| !arch.is_host()) {
+        bail!(
+            "a profile is of the architecture that it was made on: leave out --trained, or the other --arch"
+        );
+    }
     // All that can be missing, before anything long.
     let foreign = wanted.iter().filter(|arch| !arch.is_host());
     let needs: Vec<_> = [Need::Build]
@@ -71,7 +85,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let mut steps = Steps::default();
     let built: Vec<_> = wanted
         .into_iter()
-        .map(|arch| Ok((arch, build(&mut steps, arch)?)))
+        .map(|arch| {
+            let built = match &trained {
+                Some(profile) => train::build(&mut steps, profile)?,
+                None => cross::build(&mut steps, arch, &[], &[])?,
+            };
+            Ok((arch, built))
+        })
         .collect::<Result<_>>()?;
     check_objects(&built)?;
     let mut files = Vec::new();
@@ -80,6 +100,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         files.extend(steps.run(&format!("pack for {arch}"), || {
             package.make(&built.agent, &folder)
         })?);
+        if let Some(profile) = &trained {
+            // Whoever wants to make the same agent needs it.
+            let name = format!("{}{PROFILE_SUFFIX}", package.name());
+            fs::copy(profile, folder.join(&name))?;
+            files.push(name);
+        }
     }
     steps.run("check", || {
         sums::write(&folder, &files, time)?;
@@ -90,17 +116,6 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         eprintln!("{:>9.1} MB  {}", size as f64 / 1e6, folder.join(file).display());
     }
     Ok(())
-}
-
-/// With the profile of the last training, where there was one on this architecture.
-fn build(steps: &mut Steps, arch: Arch) -> Result<Built> {
-    if arch.is_host()
-        && let Some(trained) = train::build(steps)?
-    {
-        return Ok(trained);
-    }
-    eprintln!("{arch}: without a profile; `cargo xtask train` makes one on a machine of that kind");
-    cross::build(steps, arch, &[], &[])
 }
 
 /// What is tested of the kernel side on one architecture holds for the others too: it is the same object.

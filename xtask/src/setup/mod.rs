@@ -18,7 +18,7 @@ use crate::shell;
 
 /// The last one that goes with aya 0.14; it must have the LLVM that the eBPF compiler has, or a newer one.
 const BPF_LINKER: &str = "0.13.0";
-const LLVM_PREFIX: &str = "/usr/lib/llvm-22";
+pub(crate) const LLVM_PREFIX: &str = "/usr/lib/llvm-22";
 const CARGO_DENY: &str = "0.20.2";
 
 /// Debian's compiler for the bpf target: rustc with LLVM 22, and a precompiled `core`.

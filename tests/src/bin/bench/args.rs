@@ -31,9 +31,12 @@ pub(crate) struct Args {
     /// Turns of each contestant.
     #[arg(long)]
     pub(crate) rounds: Option<usize>,
-    /// How long each measurement takes.
-    #[arg(long)]
+    /// Seconds of each measurement, but for `idle`, `churn` and `soak`; default: 5, with --quick 2.
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=600))]
     pub(crate) seconds: Option<u64>,
+    /// Measure the agent that `dist --trained` makes, after `cargo xtask train`. It was trained with these rows.
+    #[arg(long)]
+    pub(crate) trained: bool,
     /// Envoy's program.
     #[arg(long, default_value = "envoy")]
     pub(crate) envoy: PathBuf,
@@ -107,7 +110,7 @@ impl Peer {
 
     /// Whether it sends requests to one or another server by what they say. Who does not has to be told which.
     pub(crate) fn routes(self) -> bool {
-        !matches!(self, Self::None | Self::Bare)
+        !matches!(self, Self::None | Self::Bare | Self::Ztunnel)
     }
 }
 
@@ -126,7 +129,7 @@ impl Args {
         let (rounds, seconds, soak_seconds) = if self.quick { (3, 2, 60) } else { (7, 5, 600) };
         Effort {
             rounds: self.rounds.unwrap_or(rounds).max(2),
-            seconds: self.seconds.unwrap_or(seconds).max(1),
+            seconds: self.seconds.unwrap_or(seconds),
             soak_seconds,
         }
     }

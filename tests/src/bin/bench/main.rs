@@ -30,7 +30,7 @@ mod ztunnel;
 
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::Parser;
 use mesh_tests::Interrupt;
 
@@ -65,5 +65,12 @@ fn run(args: &Args) -> Result<()> {
         report::write(&record, &args.output)?;
     }
     drop(world);
-    report::print(&record, &args.output)
+    report::print(&record, &args.output)?;
+    let problems: usize = record
+        .scenarios
+        .iter()
+        .map(|scenario| scenario.problems.len())
+        .sum();
+    ensure!(problems == 0, "{problems} measurements failed: see above");
+    Ok(())
 }

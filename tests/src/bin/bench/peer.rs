@@ -69,10 +69,8 @@ impl Peers {
                 .and_then(|program| find(&program, option))
             {
                 Ok((program, mut version)) => {
-                    if peer == Peer::Agent
-                        && let Ok(build) = env::var("MESH_AGENT_BUILD")
-                    {
-                        version = format!("{version} ({build})");
+                    if peer == Peer::Agent && args.trained {
+                        version += ", trained with rows of this bench";
                     }
                     peers.found.push(Found {
                         peer,

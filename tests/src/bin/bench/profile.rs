@@ -11,6 +11,7 @@ use inferno::collapse::perf::Folder;
 use inferno::flamegraph;
 use mesh_tests::shell;
 use nix::unistd::Pid;
+use tempfile::Builder;
 
 /// Samples per second and thread; not a divisor of any timer's rate.
 const FREQUENCY: &str = "499";
@@ -37,13 +38,14 @@ pub(crate) fn record(
     }
     fs::create_dir_all(folder)?;
     let name = file_name(title);
-    let data = folder.join(format!("{name}.perf"));
+    // Hundreds of megabytes, which go whatever happens.
+    let data = Builder::new().suffix(".perf").tempfile_in(folder)?;
     let pids: Vec<String> = agents.iter().map(|(_, pid)| pid.to_string()).collect();
     let mut perf = Command::new("perf")
         .args(["record", "--quiet", "--event", "cpu-clock", "--freq", FREQUENCY])
         .args(["--call-graph", CALL_GRAPH, "--mmap-pages", BUFFER])
         .args(["--pid", &pids.join(","), "--output"])
-        .arg(&data)
+        .arg(data.path())
         .args(["--", "sleep", &SECONDS.to_string()])
         .stdin(Stdio::null())
         .stderr(Stdio::null())
@@ -58,7 +60,7 @@ pub(crate) fn record(
         let graph = folded.with_extension("svg");
         let mut script = Command::new("perf");
         script.args(["script", "--no-inline", "--pid", &pid.to_string(), "--input"]);
-        let stacks = shell::output(script.arg(&data))?;
+        let stacks = shell::output(script.arg(data.path()))?;
         Folder::default().collapse(stacks.as_bytes(), BufWriter::new(File::create(&folded)?))?;
         let mut options = flamegraph::Options::default();
         options.title = format!("{title}: the agent of {node}");
@@ -66,7 +68,6 @@ pub(crate) fn record(
         flamegraph::from_files(&mut options, &[folded], BufWriter::new(File::create(&graph)?))?;
         eprint!("{} ... ", graph.display());
     }
-    fs::remove_file(data)?;
     Ok(())
 }
 

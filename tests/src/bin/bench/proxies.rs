@@ -58,8 +58,12 @@ impl Running {
             agents: Vec::new(),
             watched: Watched::default(),
         };
-        // The other node's agent has no part in what stays on one node.
-        let nodes = if place == Place::SameNode { 1 } else { 2 };
+        let nodes = match (peer, place) {
+            (Peer::Agent, Place::OtherNode) => 2,
+            // The other node's agent has no part in what stays on one node.
+            (Peer::Agent, Place::SameNode) => 1,
+            _ => 0,
+        };
         for agent in world.mesh.agents.iter_mut().take(nodes) {
             let pid = Pid::from_raw(i32::try_from(agent.process()?.id())?);
             running.agents.push((agent.node.clone(), pid));
