@@ -91,6 +91,11 @@ fn a_request_needs_few_instructions() {
         };
         over += &early[n].judge(most.node, bound);
         over += &later[n].judge(most.node, bound + most.later);
+        assert!(
+            later[n].least().count > early[n].least().count + REQUESTS * 1_000,
+            "{}: full tables cost nothing: what was to fill them did not",
+            most.node
+        );
     }
     assert!(over.is_empty(), "{over}");
 }
@@ -192,9 +197,13 @@ struct Counts {
 }
 
 impl Counts {
+    fn least(&self) -> &Profile {
+        self.rounds.iter().min_by_key(|profile| profile.count).unwrap()
+    }
+
     /// Says what is wrong, and where to look.
     fn judge(&self, node: &str, most: u64) -> String {
-        let least = self.rounds.iter().min_by_key(|profile| profile.count).unwrap();
+        let least = self.least();
         // Where cargo keeps what tests leave.
         let kept = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{node}-{}.callgrind", self.when));
         fs::create_dir_all(kept.parent().unwrap()).unwrap();
@@ -262,6 +271,10 @@ fn sum(profile: &str) -> u64 {
             sum += cost.unwrap_or_else(|| panic!("{line:?} has no cost"));
         }
     }
+    assert!(
+        !allocators.is_empty(),
+        "nothing says where the allocator is: is libc6-dbg missing?"
+    );
     sum
 }
 

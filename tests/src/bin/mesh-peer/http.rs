@@ -124,10 +124,9 @@ async fn describe(request: Request<Incoming>, peer: SocketAddr, name: &str) -> i
         "trailers": trailers,
     });
     let mut response = text(&format!("{seen}\n"));
-    response.headers_mut().insert(
-        CONTENT_TYPE,
-        HeaderValue::from_static("application/json"),
-    );
+    response
+        .headers_mut()
+        .insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     Ok(response)
 }
 
