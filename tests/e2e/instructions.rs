@@ -91,11 +91,6 @@ fn a_request_needs_few_instructions() {
         };
         over += &early[n].judge(most.node, bound);
         over += &later[n].judge(most.node, bound + most.later);
-        assert!(
-            later[n].least().count > early[n].least().count + REQUESTS * 1_000,
-            "{}: full tables cost nothing: what was to fill them did not",
-            most.node
-        );
     }
     assert!(over.is_empty(), "{over}");
 }
@@ -197,13 +192,13 @@ struct Counts {
 }
 
 impl Counts {
-    fn least(&self) -> &Profile {
-        self.rounds.iter().min_by_key(|profile| profile.count).unwrap()
-    }
-
     /// Says what is wrong, and where to look.
     fn judge(&self, node: &str, most: u64) -> String {
-        let least = self.least();
+        let least = self.rounds.iter().min_by_key(|profile| profile.count).unwrap();
+        assert!(
+            least.knows_allocator,
+            "what is the allocator's? Is libc6-dbg missing?"
+        );
         // Where cargo keeps what tests leave.
         let kept = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{node}-{}.callgrind", self.when));
         fs::create_dir_all(kept.parent().unwrap()).unwrap();
@@ -234,6 +229,7 @@ impl Counts {
 struct Profile {
     text: String,
     count: u64,
+    knows_allocator: bool,
 }
 
 impl Profile {
@@ -241,14 +237,18 @@ impl Profile {
     fn take(path: &Path) -> Self {
         let text = fs::read_to_string(path).unwrap();
         fs::remove_file(path).unwrap();
-        let count = sum(&text);
-        Self { text, count }
+        let (count, knows_allocator) = sum(&text);
+        Self {
+            text,
+            count,
+            knows_allocator,
+        }
     }
 }
 
 /// Adds up a file in callgrind's format: names of source files, and lines of code with what they cost. A name is
-/// written out where it is first used, and a number after that.
-fn sum(profile: &str) -> u64 {
+/// written out where it is first used, and a number after that. Also says whether the allocator was among them.
+fn sum(profile: &str) -> (u64, bool) {
     let mut allocators = HashSet::new();
     let (mut allocates, mut called, mut sum) = (false, false, 0);
     for line in profile.lines() {
@@ -271,11 +271,7 @@ fn sum(profile: &str) -> u64 {
             sum += cost.unwrap_or_else(|| panic!("{line:?} has no cost"));
         }
     }
-    assert!(
-        !allocators.is_empty(),
-        "nothing says where the allocator is: is libc6-dbg missing?"
-    );
-    sum
+    (sum, !allocators.is_empty())
 }
 
 /// Thin LTO marks the names of thousands of functions that it takes from one crate to another; without it there is

@@ -44,7 +44,7 @@ enum Command {
     /// The agent and other proxies side by side: speed, CPU and memory.
     #[command(disable_help_flag = true)]
     Bench(bench::Args),
-    /// Run the agent under load and keep what its code did; `bench`, `dist` and `test --trained` build a faster agent with that.
+    /// Run the agent under load, for a quarter of an hour; `bench`, `dist` and `test` then build a faster one when told --trained.
     Train,
     /// Pack what users download: the agent and what belongs to it, for each architecture, with checksums.
     Dist(dist::Args),

@@ -32,9 +32,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 pub(crate) fn run_steps(steps: &mut Steps, args: &Args) -> Result<()> {
+    let trained = args.trained.then(train::profile).transpose()?;
     let missing = missing();
     admit(&missing, args)?;
-    let trained = args.trained.then(train::profile).transpose()?;
     steps.try_run("unit tests", || {
         let mut cargo = shell::cargo("test");
         cargo.args([

@@ -76,14 +76,6 @@ pub(super) fn set_client_certificate(headers: &mut HeaderMap, xfcc: Option<&Head
     };
 }
 
-/// Keeps a field whose value few messages share out of the table of fields that both ends of an HTTP/2 connection
-/// have: h2 looks through all values that a name ever had there, which came to 6 % of an agent's instructions.
-pub(super) fn leave_unindexed(headers: &mut HeaderMap, name: &HeaderName) {
-    if let Some(value) = headers.get_mut(name) {
-        value.set_sensitive(true);
-    }
-}
-
 /// What another agent said is for this one alone.
 pub(super) fn strip_ours(headers: &mut HeaderMap) {
     strip(headers, |name| name.starts_with(OURS));

@@ -10,13 +10,11 @@ use std::time::Duration;
 use bytes::Bytes;
 use h2::server::{self, SendResponse};
 use h2::{Reason, RecvStream};
-use http::header::DATE;
 use http::{Request, Response};
 use http_body::Body as _;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::body::Body;
-use super::headers;
 use super::mesh_stream::{self, CONNECTION_WINDOW, FRAME_BUDGET, MAX_FRAME, STREAM_WINDOW};
 use super::serve::{MAX_HEAD, MAX_OUR_RESETS, MAX_PENDING_RESETS, MAX_STREAMS, PING_ANSWER, PING_EVERY};
 use crate::drain::DrainWatcher;
@@ -87,8 +85,7 @@ pub(super) async fn answer(
         let Some(response) = unless_reset(&mut respond, answering).await else {
             return;
         };
-        let (mut parts, body) = response.into_parts();
-        headers::leave_unindexed(&mut parts.headers, &DATE);
+        let (parts, body) = response.into_parts();
         (Response::from_parts(parts, ()), body)
     };
     let ended = body.is_end_stream();

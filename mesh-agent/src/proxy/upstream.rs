@@ -191,8 +191,10 @@ impl From<'_> {
             headers.insert(headers::VERSION, HeaderValue::from_static("2"));
         }
         self.name_client(headers, to);
-        headers::leave_unindexed(headers, &headers::REQUEST_ID);
-        headers::leave_unindexed(headers, &headers::CLIENT);
+        if let Some(id) = headers.get_mut(headers::REQUEST_ID) {
+            // Few requests share one, so that the connection's table of fields need not have it.
+            id.set_sensitive(true);
+        }
         message.parts.version = Version::HTTP_2;
     }
 

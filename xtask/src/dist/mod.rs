@@ -67,12 +67,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         Some(folder) => env::current_dir()?.join(folder),
         None => shell::target_dir().join("dist"),
     };
-    let trained = args.trained.then(train::profile).transpose()?;
-    if trained.is_some() && wanted.iter().any(|arch| !arch.is_host()) {
+    if args.trained && wanted.iter().any(|arch| !arch.is_host()) {
         bail!(
             "a profile is of the architecture that it was made on: leave out --trained, or the other --arch"
         );
     }
+    let trained = args.trained.then(train::profile).transpose()?;
     // All that can be missing, before anything long.
     let foreign = wanted.iter().filter(|arch| !arch.is_host());
     let needs: Vec<_> = [Need::Build]

@@ -54,7 +54,8 @@ pub(super) fn write(folder: &Path, files: &[String], time: u64) -> Result<()> {
 fn packed_at(folder: &Path, file: &str) -> Option<u64> {
     let name = file
         .strip_suffix(tarball::SUFFIX)
-        .or_else(|| file.strip_suffix(super::DEBUG_SUFFIX))?;
+        .or_else(|| file.strip_suffix(super::DEBUG_SUFFIX))
+        .or_else(|| file.strip_suffix(super::PROFILE_SUFFIX))?;
     tarball::time(&folder.join(format!("{name}{}", tarball::SUFFIX))).ok()
 }
 
