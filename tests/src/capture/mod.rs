@@ -48,6 +48,11 @@ impl Capture {
 
     /// Ends the recording and reads it.
     pub fn stop(mut self) -> Result<Seen> {
+        // What tcpdump has not read when it is told to end would be lost, and in none of its counts.
+        until("tcpdump to read what passed", Duration::from_secs(10), || {
+            self.process.signal(Signal::SIGUSR1).ok()?;
+            self.process.log().lines().any(is_all_read).then_some(())
+        })?;
         self.process.signal(Signal::SIGINT)?;
         self.process.wait(Duration::from_secs(10))?;
         let log = self.process.log();
@@ -55,5 +60,39 @@ impl Capture {
             bail!("the recording has gaps: {log}");
         }
         Seen::parse(&fs::read(&self.file)?)
+    }
+}
+
+/// `tcpdump: 2 packets captured, 2 packets received by filter, 0 packets dropped by kernel`: what it says to SIGUSR1.
+fn is_all_read(line: &str) -> bool {
+    let counts = line.strip_prefix("tcpdump: ").unwrap_or_default();
+    let mut counts = counts.split(", ").map(|count| {
+        count
+            .split(' ')
+            .next()
+            .and_then(|count| count.parse::<u64>().ok())
+    });
+    match (counts.next().flatten(), counts.next().flatten()) {
+        (Some(captured), Some(received)) => captured == received,
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_all_read;
+
+    #[test]
+    fn all_is_read_when_nothing_waits() {
+        let said = |captured| {
+            format!(
+                "tcpdump: {captured} packets captured, 7 packets received by filter, 0 packets dropped by kernel"
+            )
+        };
+        assert!(is_all_read(&said(7)));
+        assert!(!is_all_read(&said(6)));
+        assert!(!is_all_read(
+            "tcpdump: listening on eth0, link-type EN10MB (Ethernet), snapshot length 262144 bytes"
+        ));
     }
 }
