@@ -85,7 +85,7 @@ impl fmt::Display for Name {
 pub(crate) enum Peer {
     /// The client talks to the server, nobody between.
     None,
-    /// A relay of bytes that decides nothing: what the hops cost by themselves.
+    /// A plain relay of bytes that decides nothing: about what the hops cost by themselves.
     Bare,
     /// This project.
     Agent,

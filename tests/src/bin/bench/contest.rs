@@ -4,16 +4,16 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 
-use crate::args::{Args, Effort};
+use crate::args::{Args, Effort, Name, Peer};
 use crate::churn;
 use crate::generator::Generator;
 use crate::idle;
-use crate::peer::{Peer, Peers};
+use crate::peer::Peers;
 use crate::profile;
 use crate::progress::Progress;
 use crate::proxies::Running;
 use crate::record::{Contestant, Load, Round, RowRecord, ScenarioRecord};
-use crate::scenario::{Door, Name, Scenario, Unit};
+use crate::scenario::{Door, Scenario, Unit};
 use crate::soak;
 use crate::targets;
 use crate::world::World;

@@ -9,8 +9,9 @@ use std::net::SocketAddr;
 use anyhow::Result;
 use mesh_tests::Process;
 
+use crate::args::Peer;
 use crate::authority::{Authority, Files};
-use crate::peer::{Peer, Peers};
+use crate::peer::Peers;
 use crate::proxies::{spawn, wait_listening, write_config};
 use crate::scenario::{Door, Place};
 use crate::world::{self, World};

@@ -4,9 +4,9 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::args::Args;
-pub(crate) use crate::args::Peer;
 use anyhow::{Context, Result, bail};
+
+use crate::args::{Args, Peer};
 
 /// One whose program is here.
 #[derive(Clone, Debug)]

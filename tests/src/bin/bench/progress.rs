@@ -4,8 +4,7 @@ use std::io::{IsTerminal, stderr};
 
 use tokio::time::Instant;
 
-use crate::peer::Peer;
-use crate::scenario::Name;
+use crate::args::{Name, Peer};
 
 pub(crate) struct Progress {
     scenario: Name,

@@ -11,11 +11,12 @@ use anyhow::{Context, Result};
 use mesh_tests::{Options, Pod, Process, shell, until, until_ok};
 use nix::unistd::Pid;
 
+use crate::args::Peer;
 use crate::bare;
 use crate::cpu::{self, Watched};
 use crate::envoy;
 use crate::generator::{Generator, Requests, Way};
-use crate::peer::{Peer, Peers};
+use crate::peer::Peers;
 use crate::scenario::{Door, Place, Work};
 use crate::world::{self, World};
 use crate::ztunnel;

@@ -6,11 +6,11 @@ use std::fs;
 use anyhow::{Context, Result};
 use serde::Serialize;
 
-use crate::args::{Args, Effort};
+use crate::args::{Args, Effort, Name, Peer};
 use crate::cpu::Used;
 use crate::generator::Paced;
-use crate::peer::{Peer, Peers};
-use crate::scenario::{Name, Work};
+use crate::peer::Peers;
+use crate::scenario::Work;
 use crate::stats::{median, spread};
 use crate::targets::Verdict;
 

@@ -2,8 +2,7 @@
 
 use serde::Serialize;
 
-pub(crate) use crate::args::Name;
-use crate::args::Peer;
+use crate::args::{Name, Peer};
 
 /// Where the server is, as seen from the client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -27,8 +26,9 @@ pub(crate) enum Door {
 }
 
 impl Door {
-    /// Those that lead from node to node. Proxies open them in this order: the last one listens when all do.
+    /// Those that lead from node to node.
     pub(crate) const BETWEEN_NODES: [Self; 5] = [Self::Tcp, Self::Bulk, Self::Http, Self::Http2, Self::LAST];
+    /// Proxies open them in that order: when this one listens, all do.
     pub(crate) const LAST: Self = Self::Grpc;
 
     /// The mesh is to know no more of it.

@@ -3,8 +3,8 @@
 use std::fmt::Write;
 use std::io::{IsTerminal, stdout};
 
+use crate::args::Peer;
 use crate::generator::Paced;
-use crate::peer::Peer;
 use crate::record::{Contestant, RowRecord, ScenarioRecord};
 use crate::scenario::{Door, Unit, Work};
 use crate::stats::median;

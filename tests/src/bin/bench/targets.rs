@@ -2,9 +2,9 @@
 
 use serde::Serialize;
 
-use crate::peer::Peer;
+use crate::args::{Name, Peer};
 use crate::record::{Figure, RowRecord, ScenarioRecord};
-use crate::scenario::{Name, Unit, Work};
+use crate::scenario::{Unit, Work};
 use crate::stats::median;
 
 #[derive(Debug, Serialize)]

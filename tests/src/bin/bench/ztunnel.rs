@@ -9,7 +9,8 @@ use std::process::Stdio;
 use anyhow::{Context, Result, ensure};
 use mesh_tests::{Pod, Process, until_ok};
 
-use crate::peer::{Peer, Peers};
+use crate::args::Peer;
+use crate::peer::Peers;
 use crate::proxies::{PATIENCE, write_config};
 use crate::scenario::Place;
 use crate::world::World;

@@ -1,6 +1,6 @@
 //! A proxy that decides nothing: bytes as they come, to the one place that is behind a port, and back.
 //!
-//! It tells what the hops cost by themselves, with tokio and rustls: each client's connection has one task and one
+//! It tells about what the hops cost by themselves, with tokio and rustls: each client's connection has one task and one
 //! connection of its own behind it, and a request and its answer take two reads and two writes. Only a proxy that
 //! carries many connections' bytes in one can do with less. `relay LISTEN=TO...` speaks TCP on both sides; of two at
 //! the ends of a way `relay-tls client CERTIFICATE KEY ROOT LISTEN=TO...` speaks TLS 1.3 behind, `relay-tls
