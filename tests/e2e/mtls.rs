@@ -8,9 +8,9 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use mesh_tests::{Mesh, Options, Pod, PodSpec, until_ok};
+use mesh_tests::{Mesh, Options, Pod, PodSpec, THREADS, until_ok};
 
-use crate::common::{HTTP, WEB_V4, Web, address, connect, seen, seen_header, try_connect, web};
+use crate::common::{HTTP, WEB_V4, Web, address, connect, seen, seen_header, try_connect, web, web_with};
 
 fn peer_authentication(mode: &str) -> String {
     format!(
@@ -171,6 +171,34 @@ fn a_workload_with_another_identity_at_that_address_is_refused() {
         .unwrap()
         .sum("mesh_agent_peer_identity_mismatches_total", &[]);
     assert!(counted >= 1.0, "{counted}");
+}
+
+#[test]
+fn the_kernel_encrypts_where_it_is_asked_to_and_can() {
+    let asked = Options {
+        config: format!("threads: {THREADS}\nkernelTls: true\n"),
+        ..Options::default()
+    };
+    let web = web_with(&asked);
+    let capture = web.mesh.capture("kernel-tls").unwrap();
+    let marker = "a-marker-that-the-kernel-encrypts";
+    send_marker(&web.client, marker);
+    let seen = capture.stop().unwrap();
+    assert!(seen.is_all_tls());
+    assert!(!seen.contains(marker.as_bytes()));
+    for agent in &web.mesh.agents {
+        let taken = agent
+            .metrics()
+            .unwrap()
+            .sum("mesh_agent_kernel_tls_connections_total", &[]);
+        let status = agent.get("/api/v1/status").unwrap();
+        let lacking = status["lacking"].as_array().cloned().unwrap_or_default();
+        let can = !lacking.iter().any(|feature| feature["name"] == "kernelTls");
+        assert_eq!(can, mesh_agent::tls::probe_kernel().is_ok(), "{status}");
+        assert_eq!(taken > 0.0, can, "{status}");
+        // Asked for, and not there: that is not kept from anybody.
+        assert_eq!(agent.log().contains("kernelTls is on, but"), !can);
+    }
 }
 
 #[test]

@@ -10,6 +10,7 @@
 mod cgroup;
 mod dns;
 mod doctor;
+mod encrypt;
 mod fast;
 mod foreign;
 mod inbound;

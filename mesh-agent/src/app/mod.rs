@@ -31,6 +31,7 @@ use crate::metrics::{Metrics, register_counts};
 use crate::proxy::{Inputs, Proxy};
 use crate::store::Store;
 use crate::telemetry::{AccessLog, Format, LogHandle};
+use crate::tls::{self, RecordLayer, Unsupported};
 use workloads::Workloads;
 
 /// How long connections that are cut at the end of a drain get to notice.
@@ -57,9 +58,11 @@ pub async fn run(config: AgentConfig, log: LogHandle, lanes: Lanes) -> anyhow::R
     let (_claim, capture) = capture(&config).context("cannot capture traffic")?;
     let access_log = access_log(config.access_log)?;
     let (trigger, drain) = drain::new();
+    let (layer, without_kernel) = record_layer(&config);
     let proxy = Proxy::new(Inputs {
         store: store.clone(),
         identities: identities.clone(),
+        layer,
         metrics: metrics.clone(),
         access_log: access_log.clone(),
         lanes: lanes.clone(),
@@ -93,11 +96,9 @@ pub async fn run(config: AgentConfig, log: LogHandle, lanes: Lanes) -> anyhow::R
         connections: show::connections(proxy.connections.clone()),
         ebpf: show::ebpf(capture.clone()),
         fast_paths: show::fast_paths(capture.clone(), workloads.fast_paths()),
-        features: show::features(&capture.features().list()),
+        features: show::all_features(&capture.features().list(), without_kernel.as_ref()),
     });
-    for (listener, scope) in listening {
-        tokio::spawn(admin::serve(listener, scope, Arc::clone(&sources)));
-    }
+    serve_pages(listening, &sources);
     keep_alive(&lanes, capture.clone(), pulse);
     tokio::spawn(async move { identities.run().await });
     tokio::spawn(watch_counters(capture));
@@ -127,6 +128,16 @@ fn capture(config: &AgentConfig) -> Result<(Claim, Capture), CaptureError> {
     Ok((claim, Capture::start(&CaptureOptions::new(&config.bpffs))?))
 }
 
+/// Who encrypts what goes between agents, and why it is not the kernel although it was asked to.
+fn record_layer(config: &AgentConfig) -> (RecordLayer, Option<Unsupported>) {
+    match config.kernel_tls.then(tls::probe_kernel) {
+        None => (RecordLayer::Agent, None),
+        Some(Ok(())) => (RecordLayer::Kernel, None),
+        // Doctor has warned of it.
+        Some(Err(without)) => (RecordLayer::Agent, Some(without)),
+    }
+}
+
 /// Opens the pages' sockets, before anything that outlives the agent is made.
 async fn listen(config: &AgentConfig) -> anyhow::Result<Vec<(TcpListener, Scope)>> {
     let mut listening = Vec::new();
@@ -143,6 +154,12 @@ async fn listen(config: &AgentConfig) -> anyhow::Result<Vec<(TcpListener, Scope)
         listening.push((listener, scope));
     }
     Ok(listening)
+}
+
+fn serve_pages(listening: Vec<(TcpListener, Scope)>, sources: &Arc<AdminSources>) {
+    for (listener, scope) in listening {
+        tokio::spawn(admin::serve(listener, scope, Arc::clone(sources)));
+    }
 }
 
 /// Beats on each of the data path's threads.

@@ -7,6 +7,7 @@ use crate::admin::{self, Ask, api, time};
 use crate::config::{AccessLogFormat, AgentConfig, LogFormat};
 use crate::ebpf::{Capture, Feature};
 use crate::proxy::{Connections, Direction};
+use crate::tls::Unsupported;
 
 pub(super) fn config(config: &AgentConfig) -> serde_json::Value {
     serde_json::json!({
@@ -19,6 +20,7 @@ pub(super) fn config(config: &AgentConfig) -> serde_json::Value {
         "metrics": { "address": config.metrics },
         "stateDir": config.state_dir,
         "bpffs": config.bpffs,
+        "kernelTls": config.kernel_tls,
         "accessLog": { "format": match config.access_log {
             AccessLogFormat::Off => "off",
             AccessLogFormat::Text => "text",
@@ -73,7 +75,19 @@ pub(super) fn fast_paths(capture: Capture, fast_paths: FastPaths) -> Ask<admin::
     })
 }
 
-pub(super) fn features(features: &[Feature]) -> Vec<api::Feature> {
+/// With the one that is of interest only to who asked for it, if the kernel lacks it.
+pub(super) fn all_features(in_ebpf: &[Feature], without_kernel: Option<&Unsupported>) -> Vec<api::Feature> {
+    let mut all = features(in_ebpf);
+    all.extend(without_kernel.map(|error| api::Feature {
+        name: "kernelTls".to_owned(),
+        present: false,
+        since: "5.11".to_owned(),
+        without: format!("the agent encrypts what goes between agents: {error}"),
+    }));
+    all
+}
+
+fn features(features: &[Feature]) -> Vec<api::Feature> {
     let shown = features.iter().map(|feature| api::Feature {
         name: feature.name.to_owned(),
         present: feature.present,

@@ -29,6 +29,8 @@ pub struct AgentConfig {
     pub bpffs: PathBuf,
     /// Of the data path; `None`: what the CPUs ask for.
     pub threads: Option<usize>,
+    /// The kernel encrypts what goes between agents, where it can.
+    pub kernel_tls: bool,
     pub access_log: AccessLogFormat,
     pub log_format: LogFormat,
     /// A filter as in `info,mesh_agent::proxy=debug`.
@@ -75,6 +77,7 @@ struct RawConfig {
     state_dir: PathBuf,
     bpffs: PathBuf,
     threads: Option<Value>,
+    kernel_tls: bool,
     access_log: RawAccessLog,
     log: RawLog,
     drain: RawDrain,
@@ -93,6 +96,7 @@ impl Default for RawConfig {
             state_dir: "/var/lib/mesh-agent".into(),
             bpffs: "/sys/fs/bpf/mesh-agent".into(),
             threads: None,
+            kernel_tls: false,
             access_log: RawAccessLog::default(),
             log: RawLog::default(),
             drain: RawDrain::default(),
@@ -273,6 +277,7 @@ impl AgentConfig {
             state_dir: base.join(raw.state_dir),
             bpffs: base.join(raw.bpffs),
             threads,
+            kernel_tls: raw.kernel_tls,
             access_log: raw.access_log.format,
             log_format: raw.log.format,
             log_level: raw.log.level,
@@ -323,6 +328,7 @@ mod tests {
         assert_eq!(config.metrics.to_string(), "0.0.0.0:15020");
         assert_eq!(config.state_dir, Path::new("/var/lib/mesh-agent"));
         assert_eq!(config.threads, None);
+        assert!(!config.kernel_tls);
         assert_eq!(config.drain, Duration::from_secs(30));
         let named = AgentConfig::parse("", Path::new("agent.yaml"), None).unwrap();
         assert!(is_dns_subdomain(&named.node), "{}", named.node);
@@ -341,6 +347,7 @@ metrics: {address: '[::1]:2'}
 stateDir: state
 bpffs: /sys/fs/bpf/b
 threads: 3
+kernelTls: true
 accessLog: {format: json}
 log: {level: 'warn,mesh_agent=debug', format: json}
 drain: {deadline: 1m}
@@ -357,6 +364,7 @@ drain: {deadline: 1m}
             state_dir: "/etc/mesh/state".into(),
             bpffs: "/sys/fs/bpf/b".into(),
             threads: Some(3),
+            kernel_tls: true,
             access_log: AccessLogFormat::Json,
             log_format: LogFormat::Json,
             log_level: "warn,mesh_agent=debug".into(),
@@ -391,6 +399,7 @@ drain: {deadline: 1m}
             ),
             ("threads: 0", "threads: `0` is not a number from 1 to 1024"),
             ("threads: -1", "threads: `-1` is not a number from 1 to 1024"),
+            ("kernelTls: maybe", "kernelTls: invalid type: string"),
             ("node: A_b", "node: \"A_b\" is not a name; allowed: "),
             (
                 "log: {level: debgu}",

@@ -187,6 +187,7 @@ pub fn before_start(config: &AgentConfig) -> Result<Vec<Check>, Refusal> {
     }
     let mut checks = Node::look(Some(&config.bpffs)).checks;
     checks.push(settings::bpffs(&config.bpffs));
+    checks.extend(settings::kernel_tls(config));
     match checks.iter().position(|check| check.level == Level::Problem) {
         Some(first) => Err(Refusal(checks.swap_remove(first))),
         None => {

@@ -17,6 +17,7 @@ use crate::ebpf::PinSite;
 use crate::ebpf::examine::{AgentFolder, AgentOwner};
 use crate::identity::Identities;
 use crate::model::Severity;
+use crate::tls;
 
 /// Who runs with a folder.
 pub(super) fn owner(bpffs: &Path, agents: &[AgentFolder]) -> AgentOwner {
@@ -39,7 +40,7 @@ pub(super) fn running(bpffs: &Path, owner: AgentOwner) -> Option<String> {
 }
 
 pub(super) fn check(config: &AgentConfig, owner: AgentOwner) -> Vec<Check> {
-    vec![
+    let mut checks = vec![
         bpffs(&config.bpffs),
         agent(&config.bpffs, owner),
         address("admin", "admin.address", config.admin, owner),
@@ -47,7 +48,21 @@ pub(super) fn check(config: &AgentConfig, owner: AgentOwner) -> Vec<Check> {
         state(&config.state_dir),
         authority(config),
         resources(config),
-    ]
+    ];
+    checks.extend(kernel_tls(config));
+    checks
+}
+
+/// Whether the kernel can do what it is asked to, if it is.
+pub(super) fn kernel_tls(config: &AgentConfig) -> Option<Check> {
+    let check = |found: String| Check::ok(Group::Configuration, "kernelTls", found);
+    config.kernel_tls.then(|| match tls::probe_kernel() {
+        Ok(()) => check("the kernel can encrypt what goes between agents (kernelTls)".to_owned()),
+        Err(error) => check(format!("kernelTls is on, but {}", explain(&error))).but(
+            Level::Warning,
+            "the agent encrypts instead, as with `kernelTls: false`",
+        ),
+    })
 }
 
 /// A configuration that cannot be used.

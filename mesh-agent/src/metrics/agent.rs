@@ -40,6 +40,8 @@ pub struct AgentMetrics {
     pub plaintext_refused: Counter,
     /// Connections to port 15008 that failed their TLS handshake, or did not agree on a protocol in it.
     pub handshake_failures: Counter,
+    /// Connections between agents, from either side, that the kernel encrypts.
+    pub kernel_tls_connections: Counter,
     pub retries: Counter,
     dns_queries: [Counter; 4],
     /// Requests and connections counted as `other`, since there was no room for their labels.
@@ -123,6 +125,7 @@ impl AgentMetrics {
                 "handshake_failures",
                 "Connections to port 15008 that failed their TLS handshake or agreed on no protocol",
             ),
+            kernel_tls_connections: add(agent, "kernel_tls_connections", "mTLS that the kernel encrypts"),
             retries: add(agent, "retries", "Tries of requests beyond the first"),
             dns_queries: add_each(
                 agent,

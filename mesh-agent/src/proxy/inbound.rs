@@ -11,9 +11,6 @@ use std::time::Duration;
 
 use http::{HeaderValue, Request, Response};
 use hyper::body::Incoming;
-use tokio::net::TcpStream;
-use tokio_rustls::TlsAcceptor;
-use tokio_rustls::server::TlsStream;
 
 use super::body::Body;
 use super::context::{Direction, Life, Local};
@@ -179,15 +176,17 @@ async fn mutual_tls(proxy: Arc<Proxy>, accepted: Accepted) {
         local,
         drain,
     } = accepted;
-    let config = match tls::server_config(&proxy.tls.identities, &local.workload().identity) {
+    let parts = &proxy.tls;
+    let config = match tls::server_config(&parts.identities, &local.workload().identity, parts.layer) {
         Ok(config) => config,
         Err(error) => {
             tracing::warn!(%error, workload = %local.uid, "no mTLS");
             return;
         }
     };
-    let handshake = TlsAcceptor::from(config).accept(socket);
-    let shaken = tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake).await;
+    let handshake = tls::accept(config, socket);
+    // Boxed: no room for it is held once it is done.
+    let shaken = tokio::time::timeout(HANDSHAKE_TIMEOUT, Box::pin(handshake)).await;
     let (stream, identity) = match shaken
         .map_err(|_late| "it took too long".to_owned())
         .and_then(known)
@@ -199,6 +198,7 @@ async fn mutual_tls(proxy: Arc<Proxy>, accepted: Accepted) {
             return;
         }
     };
+    parts.count(&stream);
     let life = Arc::new(Life {
         listed: proxy.connections.open(Direction::Inbound, &local, peer, address),
         drain: drain.clone(),
@@ -212,15 +212,13 @@ async fn mutual_tls(proxy: Arc<Proxy>, accepted: Accepted) {
 }
 
 /// A connection whose peer said who it is and what it speaks.
-fn known(shaken: io::Result<TlsStream<TcpStream>>) -> Result<(TlsStream<TcpStream>, Identity), String> {
-    let stream = shaken.map_err(|error| error.to_string())?;
-    let session = stream.get_ref().1;
-    let identity = session.peer_certificates().and_then(tls::peer_identity);
-    let identity = identity.ok_or("no identity in the peer's certificate")?;
-    if tls::Transport::negotiated(session.alpn_protocol()).is_none() {
+fn known(shaken: io::Result<tls::Session>) -> Result<(tls::Stream, Identity), String> {
+    let session = shaken.map_err(|error| error.to_string())?;
+    let identity = session.client.ok_or("no identity in the peer's certificate")?;
+    if session.transport.is_none() {
         return Err("no protocol was agreed on; the peer has to offer h2 (HBONE) by ALPN".to_owned());
     }
-    Ok((stream, identity))
+    Ok((session.stream, identity))
 }
 
 /// One stream into a workload's port, admitted.

@@ -19,7 +19,6 @@ use http::{Request, Response};
 use http_body::Body as _;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
-use tokio_rustls::TlsConnector;
 
 use super::body::{Body, Held};
 use super::context::Local;
@@ -147,28 +146,26 @@ impl Load {
 impl Connection {
     /// Connects from `local` to the peer that `key` names, and to nobody else.
     pub(super) async fn open(tls: &TlsParts, key: &PeerKey, local: &Local) -> Result<Self, Error> {
-        let config = tls::client_config(&tls.identities, &key.source_identity, &key.peer_identity)
+        let (source, peer) = (&key.source_identity, &key.peer_identity);
+        let config = tls::client_config(&tls.identities, source, peer, tls.layer)
             .map_err(|cause| Error::new(Kind::Internal, cause))?;
         let to = SocketAddr::new(key.address, HBONE_PORT);
         let stream = sock::connect(&*local.namespace, to, None)
             .await
             .map_err(|cause| Error::new(Kind::Connect, cause))?;
-        let name = tls::server_name(key.address);
-        let stream = TlsConnector::from(config)
-            .connect(name, stream)
-            .await
-            .map_err(|cause| {
-                let stranger = tls::peer_error(&cause).is_some();
-                Error::new(
-                    if stranger {
-                        Kind::PeerIdentity
-                    } else {
-                        Kind::Connect
-                    },
-                    cause,
-                )
-            })?;
-        let native = Transport::negotiated(stream.get_ref().1.alpn_protocol()) == Some(Transport::Native);
+        let session = tls::connect(config, key.address, stream).await.map_err(|cause| {
+            let stranger = tls::peer_error(&cause).is_some();
+            Error::new(
+                if stranger {
+                    Kind::PeerIdentity
+                } else {
+                    Kind::Connect
+                },
+                cause,
+            )
+        })?;
+        let native = session.transport == Some(Transport::Native);
+        tls.count(&session.stream);
         let (sender, mut connection) = client::Builder::new()
             .enable_push(false)
             .initial_window_size(STREAM_WINDOW)
@@ -176,7 +173,7 @@ impl Connection {
             .max_frame_size(MAX_FRAME)
             .data_frame_budget(FRAME_BUDGET)
             .max_header_list_size(MAX_HEAD)
-            .handshake(stream)
+            .handshake(session.stream)
             .await
             .map_err(|cause| Error::new(Kind::Connect, cause))?;
         let closed = Arc::new(AtomicBool::new(false));

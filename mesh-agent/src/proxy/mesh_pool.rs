@@ -206,7 +206,7 @@ mod tests {
     use crate::proxy::HBONE_PORT;
     use crate::sock::{Egress, Namespace};
     use crate::store::Store;
-    use crate::tls;
+    use crate::tls::{self, RecordLayer};
 
     const CLIENT: &str = "spiffe://cluster.local/ns/shop/sa/client";
     const SERVER: &str = "spiffe://cluster.local/ns/shop/sa/server";
@@ -286,8 +286,14 @@ mod tests {
             Self {
                 local: local(&metrics),
                 listener: Some(TcpListener::bind((address, HBONE_PORT)).await.unwrap()),
-                acceptor: tls::server_config(&identities, &pair[1]).unwrap().into(),
-                pool: MeshPool::new(TlsParts { identities, metrics }),
+                acceptor: tls::server_config(&identities, &pair[1], RecordLayer::Agent)
+                    .unwrap()
+                    .into(),
+                pool: MeshPool::new(TlsParts {
+                    identities,
+                    layer: RecordLayer::Agent,
+                    metrics,
+                }),
                 address,
                 identities: pair,
                 _ca: ca,

@@ -57,6 +57,7 @@ use crate::model::Endpoint;
 use crate::retry::Budget;
 use crate::store::Store;
 use crate::telemetry::AccessLog;
+use crate::tls::{RecordLayer, Stream};
 
 /// Where agents meet (Istio's HBONE port).
 pub const HBONE_PORT: u16 = 15008;
@@ -70,6 +71,8 @@ const SWEEP_EVERY: Duration = Duration::from_secs(5);
 pub struct Inputs {
     pub store: Store,
     pub identities: Identities,
+    /// Of connections between agents.
+    pub layer: RecordLayer,
     pub metrics: Metrics,
     pub access_log: AccessLog,
     pub lanes: Lanes,
@@ -79,7 +82,17 @@ pub struct Inputs {
 #[derive(Clone, Debug)]
 pub(crate) struct TlsParts {
     pub(crate) identities: Identities,
+    pub(crate) layer: RecordLayer,
     pub(crate) metrics: Metrics,
+}
+
+impl TlsParts {
+    /// Counts a connection that the kernel encrypts.
+    fn count(&self, stream: &Stream) {
+        if matches!(stream, Stream::Kernel(_)) {
+            self.metrics.agent().kernel_tls_connections.inc();
+        }
+    }
 }
 
 /// The proxy that all workloads of the node share.
@@ -102,6 +115,7 @@ impl Proxy {
     pub fn new(inputs: Inputs) -> Arc<Self> {
         let tls = TlsParts {
             identities: inputs.identities,
+            layer: inputs.layer,
             metrics: inputs.metrics,
         };
         Arc::new(Self {

@@ -4,26 +4,30 @@
 //! sent early (so identities are checked in full at each handshake); the certificate is looked up at each
 //! handshake, so a renewed one is used at once and open connections go on. No process-wide defaults.
 
+mod kernel;
+mod records;
+mod session;
 #[cfg(test)]
 mod tests;
 mod verify;
 
 use std::io;
-use std::net::IpAddr;
 use std::sync::{Arc, LazyLock};
 
 use rustls::client::{ResolvesClientCert, Resumption};
 use rustls::crypto::aws_lc_rs::{self, kx_group};
 use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms};
-use rustls::pki_types::ServerName;
 use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert, VerifierBuilderError};
 use rustls::sign::CertifiedKey;
 use rustls::version::TLS13;
-use rustls::{ClientConfig, ServerConfig, SignatureScheme};
+use rustls::{CipherSuite, ClientConfig, ServerConfig, SignatureScheme, SupportedCipherSuite};
 
 use crate::identity::Identities;
 use crate::model::Identity;
 
+pub use kernel::{KernelStream, Unsupported, probe as probe_kernel};
+pub use records::Records;
+pub use session::{Session, Stream, accept, connect};
 pub use verify::{PeerError, peer_identity};
 
 use verify::{ClientVerifier, ServerVerifier};
@@ -32,6 +36,25 @@ use verify::{ClientVerifier, ServerVerifier};
 const ALPN_NATIVE: &[u8] = b"mesh-agent/1";
 /// HTTP/2 CONNECT, as Istio's ztunnel offers it.
 const ALPN_HBONE: &[u8] = b"h2";
+
+/// Who encrypts a connection after its handshake.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RecordLayer {
+    /// rustls.
+    #[default]
+    Agent,
+    /// The kernel, where the peer agrees to ChaCha20-Poly1305; rustls otherwise.
+    Kernel,
+}
+
+impl RecordLayer {
+    fn provider(self) -> &'static Arc<CryptoProvider> {
+        match self {
+            Self::Agent => &PROVIDER,
+            Self::Kernel => &KERNEL_PROVIDER,
+        }
+    }
+}
 
 /// What both sides agreed to speak on a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,16 +86,24 @@ pub enum ConfigError {
 }
 
 /// For a workload's port 15008. Made once per workload, good for all its connections.
-pub fn server_config(identities: &Identities, workload: &Identity) -> Result<Arc<ServerConfig>, ConfigError> {
+pub fn server_config(
+    identities: &Identities,
+    workload: &Identity,
+    layer: RecordLayer,
+) -> Result<Arc<ServerConfig>, ConfigError> {
     let verifier = ClientVerifier::new(identities, &PROVIDER)?;
     let clock = Arc::new(identities.clock().clone());
-    let mut config = ServerConfig::builder_with_details(Arc::clone(&PROVIDER), clock)
+    let mut config = ServerConfig::builder_with_details(Arc::clone(layer.provider()), clock)
         .with_protocol_versions(&[&TLS13])?
         .with_client_cert_verifier(Arc::new(verifier))
         .with_cert_resolver(Arc::new(Held::new(identities, workload)));
     config.alpn_protocols = vec![ALPN_NATIVE.to_vec(), ALPN_HBONE.to_vec()];
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
+    if layer == RecordLayer::Kernel {
+        config.enable_secret_extraction = true;
+        config.ignore_client_order = true;
+    }
     Ok(Arc::new(config))
 }
 
@@ -83,8 +114,9 @@ pub fn client_config(
     identities: &Identities,
     source: &Identity,
     expected: &Identity,
+    layer: RecordLayer,
 ) -> Result<Arc<ClientConfig>, ConfigError> {
-    client(identities, source, expected, &[ALPN_NATIVE, ALPN_HBONE])
+    client(identities, source, expected, layer, &[ALPN_NATIVE, ALPN_HBONE])
 }
 
 /// As [`client_config`], for streams that need [`Transport::Hbone`].
@@ -92,13 +124,9 @@ pub fn client_config_hbone(
     identities: &Identities,
     source: &Identity,
     expected: &Identity,
+    layer: RecordLayer,
 ) -> Result<Arc<ClientConfig>, ConfigError> {
-    client(identities, source, expected, &[ALPN_HBONE])
-}
-
-/// What rustls wants to be told of a server; nobody checks it and it is not sent.
-pub fn server_name(address: IpAddr) -> ServerName<'static> {
-    ServerName::IpAddress(address.into())
+    client(identities, source, expected, layer, &[ALPN_HBONE])
 }
 
 /// Who the peer was instead, when that is why a handshake failed.
@@ -119,6 +147,16 @@ static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
     })
 });
 
+/// The same with the suite ahead that the [kernel] is given.
+static KERNEL_PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
+    let mut provider = CryptoProvider::clone(&PROVIDER);
+    // Stable: what comes after it keeps its order.
+    let is_other =
+        |suite: &SupportedCipherSuite| suite.suite() != CipherSuite::TLS13_CHACHA20_POLY1305_SHA256;
+    provider.cipher_suites.sort_by_key(is_other);
+    Arc::new(provider)
+});
+
 fn algorithms() -> WebPkiSupportedAlgorithms {
     PROVIDER.signature_verification_algorithms
 }
@@ -127,6 +165,7 @@ fn client(
     identities: &Identities,
     source: &Identity,
     expected: &Identity,
+    layer: RecordLayer,
     alpn: &[&[u8]],
 ) -> Result<Arc<ClientConfig>, ConfigError> {
     if identities.current(source).is_none() {
@@ -134,7 +173,7 @@ fn client(
     }
     let verifier = ServerVerifier::new(identities, expected, algorithms());
     let clock = Arc::new(identities.clock().clone());
-    let mut config = ClientConfig::builder_with_details(Arc::clone(&PROVIDER), clock)
+    let mut config = ClientConfig::builder_with_details(Arc::clone(layer.provider()), clock)
         .with_protocol_versions(&[&TLS13])?
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(verifier))
@@ -142,6 +181,7 @@ fn client(
     config.alpn_protocols = alpn.iter().map(|protocol| protocol.to_vec()).collect();
     config.resumption = Resumption::disabled();
     config.enable_sni = false;
+    config.enable_secret_extraction = layer == RecordLayer::Kernel;
     Ok(Arc::new(config))
 }
 

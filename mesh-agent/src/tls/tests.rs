@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 use rcgen::{CertificateParams, ExtendedKeyUsagePurpose, Issuer, KeyPair, PKCS_ECDSA_P256_SHA256, SanType};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::aws_lc_rs::sign::any_ecdsa_type;
-use rustls::pki_types::{CertificateDer, UnixTime};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{
     CertificateError, ClientConnection, DigitallySignedStruct, Error, HandshakeKind, NamedGroup,
     ServerConnection,
@@ -34,11 +34,12 @@ impl Mesh {
     }
 
     fn server(&self) -> ServerConnection {
-        ServerConnection::new(server_config(&self.identities, &id(REVIEWS)).unwrap()).unwrap()
+        ServerConnection::new(server_config(&self.identities, &id(REVIEWS), RecordLayer::Agent).unwrap())
+            .unwrap()
     }
 
     fn client(&self, expected: &str) -> ClientConnection {
-        connect(client_config(&self.identities, &id(CLIENT), &id(expected)).unwrap())
+        connect(client_config(&self.identities, &id(CLIENT), &id(expected), RecordLayer::Agent).unwrap())
     }
 
     /// A certificate of this CA that the CA would not issue.
@@ -154,7 +155,11 @@ fn odd_client(shows: Option<Arc<CertifiedKey>>, alpn: &[u8]) -> ClientConnection
 }
 
 fn connect(config: Arc<ClientConfig>) -> ClientConnection {
-    ClientConnection::new(config, server_name([192, 0, 2, 1].into())).unwrap()
+    ClientConnection::new(
+        config,
+        ServerName::IpAddress(std::net::IpAddr::from([192, 0, 2, 1]).into()),
+    )
+    .unwrap()
 }
 
 /// Carries bytes to and fro until neither side has more to say; tells how each side ended.
@@ -357,7 +362,7 @@ fn clients_must_show_a_certificate() {
     assert_eq!(judge_client(&mesh, None), Err(Error::NoCertificatesPresented));
     let nobody = id("spiffe://cluster.local/ns/shop/sa/nobody");
     assert!(matches!(
-        client_config(&mesh.identities, &nobody, &id(REVIEWS)),
+        client_config(&mesh.identities, &nobody, &id(REVIEWS), RecordLayer::Agent),
         Err(ConfigError::NoCertificate(who)) if who == nobody
     ));
 }
@@ -366,7 +371,7 @@ fn clients_must_show_a_certificate() {
 fn a_server_without_certificate_refuses() {
     let mesh = Mesh::new();
     let nobody = id("spiffe://cluster.local/ns/shop/sa/nobody");
-    let config = server_config(&mesh.identities, &nobody).unwrap();
+    let config = server_config(&mesh.identities, &nobody, RecordLayer::Agent).unwrap();
     let mut server = ServerConnection::new(config).unwrap();
     let (client, server) = shake(&mut mesh.client(REVIEWS), &mut server);
     assert!(client.is_err() && server.is_err());
@@ -397,7 +402,7 @@ fn tls_1_2_is_refused() {
 #[test]
 fn both_sides_agree_on_what_they_speak() {
     let mesh = Mesh::new();
-    let hbone = client_config_hbone(&mesh.identities, &id(CLIENT), &id(REVIEWS)).unwrap();
+    let hbone = client_config_hbone(&mesh.identities, &id(CLIENT), &id(REVIEWS), RecordLayer::Agent).unwrap();
     for (mut client, agreed) in [
         (mesh.client(REVIEWS), Transport::Native),
         (connect(hbone), Transport::Hbone),
@@ -417,8 +422,8 @@ fn both_sides_agree_on_what_they_speak() {
 #[test]
 fn nothing_is_resumed() {
     let mesh = Mesh::new();
-    let config = client_config(&mesh.identities, &id(CLIENT), &id(REVIEWS)).unwrap();
-    let serving = server_config(&mesh.identities, &id(REVIEWS)).unwrap();
+    let config = client_config(&mesh.identities, &id(CLIENT), &id(REVIEWS), RecordLayer::Agent).unwrap();
+    let serving = server_config(&mesh.identities, &id(REVIEWS), RecordLayer::Agent).unwrap();
     for _ in 0..2 {
         let mut client = connect(Arc::clone(&config));
         let mut server = ServerConnection::new(Arc::clone(&serving)).unwrap();
@@ -431,8 +436,8 @@ fn nothing_is_resumed() {
 #[test]
 fn a_renewed_certificate_is_shown_next_and_old_connections_go_on() {
     let mesh = Mesh::new();
-    let config = client_config(&mesh.identities, &id(CLIENT), &id(REVIEWS)).unwrap();
-    let serving = server_config(&mesh.identities, &id(REVIEWS)).unwrap();
+    let config = client_config(&mesh.identities, &id(CLIENT), &id(REVIEWS), RecordLayer::Agent).unwrap();
+    let serving = server_config(&mesh.identities, &id(REVIEWS), RecordLayer::Agent).unwrap();
     let start = || {
         let mut client = connect(Arc::clone(&config));
         let mut server = ServerConnection::new(Arc::clone(&serving)).unwrap();

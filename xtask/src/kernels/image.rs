@@ -13,6 +13,12 @@ use crate::cross::Arch;
 
 /// What a test's network is made of; Debian has it as modules, with what they need in turn.
 const MODULES: [&str; 2] = ["veth", "bridge"];
+/// Those of its TLS, with the cipher's parts, which the kernel asks for by what they do. Not every kernel has them:
+/// the tests say so then, and the row must know of it.
+const MODULES_OF_TLS: [&str; 4] = ["tls", "chacha20poly1305", "chacha_generic", "poly1305_generic"];
+
+/// The file beside an image that names the modules that were looked for.
+const LISTED: &str = "modules.txt";
 
 /// A kernel that can boot.
 #[derive(Debug)]
@@ -25,7 +31,9 @@ pub(super) struct Image {
 /// The kernel as it was fetched once, or fetches the newest of its suite.
 pub(super) fn get(cache: &Path, release: &Release, arch: Arch, update: bool) -> Result<Image> {
     let folder = cache.join("images").join(format!("{}-{arch}", release.name));
-    if update || !folder.exists() {
+    // Those of an earlier version of this program had others.
+    let has_all = fs::read_to_string(folder.join(LISTED)).is_ok_and(|listed| listed == list());
+    if update || !has_all {
         fetch(cache, release, arch, &folder)
             .with_context(|| format!("cannot get Linux {} for {arch}", release.name))?;
     }
@@ -62,6 +70,7 @@ fn fetch(cache: &Path, release: &Release, arch: Arch, folder: &Path) -> Result<(
             bytes,
         )?;
     }
+    fs::write(image.join(LISTED), list())?;
     if folder.exists() {
         fs::remove_dir_all(folder)?;
     }
@@ -102,7 +111,17 @@ fn in_order(unpacked: &Path) -> Result<Vec<(String, Vec<u8>)>> {
     for name in MODULES {
         add(name, &files, &built_in, &mut done)?;
     }
+    for name in MODULES_OF_TLS {
+        if files.iter().any(|file| module_name(file) == name) {
+            add(name, &files, &built_in, &mut done)?;
+        }
+    }
     Ok(done)
+}
+
+/// All that were looked for.
+fn list() -> String {
+    [&MODULES[..], &MODULES_OF_TLS].concat().join("\n")
 }
 
 fn add(name: &str, files: &[PathBuf], built_in: &str, done: &mut Vec<(String, Vec<u8>)>) -> Result<()> {

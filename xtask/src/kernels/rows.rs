@@ -21,7 +21,7 @@ const RELEASES: [Release; 3] = [
     Release {
         name: "5.10",
         suite: "bullseye",
-        lacks: &["fast path", "multipath TCP"],
+        lacks: &["fast path", "kernel TLS", "multipath TCP"],
     },
     Release {
         name: "6.1",

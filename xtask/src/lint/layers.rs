@@ -45,7 +45,10 @@ const LAYERS: [(&str, Imports); 27] = [
         "admin",
         Imports::Only(&["drain", "identity", "metrics", "model", "store", "telemetry"]),
     ),
-    ("doctor", Imports::Only(&["config", "ebpf", "identity", "model"])),
+    (
+        "doctor",
+        Imports::Only(&["config", "ebpf", "identity", "model", "tls"]),
+    ),
     (
         "cli",
         Imports::Only(&["admin", "config", "doctor", "ebpf", "model"]),
