@@ -25,7 +25,7 @@ use super::context::Local;
 use super::error::{Error, Kind};
 use super::failure;
 use super::mesh_stream::{
-    self, CONNECTION_WINDOW, Duplex, FRAME_BUDGET, MAX_FRAME, Receiving, STREAM_WINDOW,
+    self, CONNECTION_WINDOW, Duplex, FIELD_TABLE, FRAME_BUDGET, MAX_FRAME, Receiving, STREAM_WINDOW,
 };
 use super::message::Message;
 use super::serve::MAX_HEAD;
@@ -168,6 +168,7 @@ impl Connection {
         tls.count(&session.stream);
         let (sender, mut connection) = client::Builder::new()
             .enable_push(false)
+            .header_table_size(FIELD_TABLE)
             .initial_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
             .max_frame_size(MAX_FRAME)

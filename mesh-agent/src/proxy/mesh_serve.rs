@@ -15,7 +15,7 @@ use http_body::Body as _;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::body::Body;
-use super::mesh_stream::{self, CONNECTION_WINDOW, FRAME_BUDGET, MAX_FRAME, STREAM_WINDOW};
+use super::mesh_stream::{self, CONNECTION_WINDOW, FIELD_TABLE, FRAME_BUDGET, MAX_FRAME, STREAM_WINDOW};
 use super::serve::{MAX_HEAD, MAX_OUR_RESETS, MAX_PENDING_RESETS, MAX_STREAMS, PING_ANSWER, PING_EVERY};
 use crate::drain::DrainWatcher;
 
@@ -31,6 +31,7 @@ pub(super) async fn serve<I, F>(
     F: Future<Output = ()> + Send + 'static,
 {
     let handshake = server::Builder::new()
+        .header_table_size(FIELD_TABLE)
         .initial_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_frame_size(MAX_FRAME)
