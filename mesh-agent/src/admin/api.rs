@@ -76,6 +76,9 @@ pub struct Status {
     pub next_certificate_expiry: Option<String>,
     /// Documents that were refused, and warnings.
     pub findings: Vec<Finding>,
+    /// The kernel encrypts what goes between agents, where the other agrees.
+    #[serde(default)]
+    pub kernel_tls: bool,
     /// What this kernel lacks, and is done without.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub lacking: Vec<Feature>,

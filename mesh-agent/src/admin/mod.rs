@@ -57,6 +57,7 @@ pub struct AdminSources {
     /// Walks the kernel's maps: for who wants to see them.
     pub ebpf: Ask<api::Ebpf>,
     pub fast_paths: Ask<FastPaths>,
+    pub kernel_tls: bool,
     /// What newer kernels have, and whether this one does.
     pub features: Vec<api::Feature>,
 }

@@ -262,6 +262,7 @@ fn status(sources: &AdminSources) -> api::Status {
         },
         next_certificate_expiry: next_expiry(sources).map(view::time),
         findings: snapshot.rejected.iter().map(view::finding).collect(),
+        kernel_tls: sources.kernel_tls,
         lacking: sources
             .features
             .iter()

@@ -96,6 +96,7 @@ pub async fn run(config: AgentConfig, log: LogHandle, lanes: Lanes) -> anyhow::R
         connections: show::connections(proxy.connections.clone()),
         ebpf: show::ebpf(capture.clone()),
         fast_paths: show::fast_paths(capture.clone(), workloads.fast_paths()),
+        kernel_tls: layer == RecordLayer::Kernel,
         features: show::all_features(&capture.features().list(), without_kernel.as_ref()),
     });
     serve_pages(listening, &sources);

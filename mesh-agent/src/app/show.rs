@@ -82,7 +82,7 @@ pub(super) fn all_features(in_ebpf: &[Feature], without_kernel: Option<&Unsuppor
         name: "kernelTls".to_owned(),
         present: false,
         since: "5.11".to_owned(),
-        without: format!("the agent encrypts what goes between agents: {error}"),
+        without: format!("the agent encrypts, since {error}"),
     }));
     all
 }

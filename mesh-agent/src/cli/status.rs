@@ -34,6 +34,7 @@ pub(super) fn render(status: &Status, now: SystemTime) -> String {
         ("Services", counts.services.to_string()),
         ("Route rules", counts.routes.to_string()),
         ("Certificates", certificates),
+        ("Encryption", encryption(status.kernel_tls).to_owned()),
         (
             "Connections",
             format!(
@@ -68,6 +69,13 @@ pub(super) fn render(status: &Status, now: SystemTime) -> String {
         let _ = writeln!(text, "Kernel lacks: {name} (Linux {since}): {without}");
     }
     text + &findings(&status.findings)
+}
+
+fn encryption(kernel_tls: bool) -> &'static str {
+    match kernel_tls {
+        true => "by the kernel, where the other agent agrees",
+        false => "by the agent",
+    }
 }
 
 fn findings(findings: &[Finding]) -> String {

@@ -302,6 +302,7 @@ fn sample_status() -> Status {
             path: "spec.rules".into(),
             message: "unknown field".into(),
         }],
+        kernel_tls: true,
         lacking: vec![lacking()],
     }
 }
@@ -327,6 +328,7 @@ Workloads:    2 here, 1 of them not captured (`get workloads` says why), 5 known
 Services:     0
 Route rules:  0
 Certificates: 1, the first ends in 12h
+Encryption:   by the kernel, where the other agent agrees
 Connections:  0 in, 0 out
 Fast path:    0 connections made, 0 ways open
 Generation:   7

@@ -5,6 +5,7 @@ use serde::Serialize;
 use super::{Check, Group, Level, explain};
 use crate::ebpf::Feature;
 use crate::ebpf::examine::{self, Trial};
+use crate::tls;
 
 /// How the kernel judged one program.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -41,7 +42,7 @@ pub(super) fn check() -> (Vec<Check>, Outcome) {
         Ok((features, trials)) => {
             let outcome = Outcome {
                 verdicts: trials.into_iter().map(Verdict::from).collect(),
-                features: features.list().to_vec(),
+                features: features.list().into_iter().chain([kernel_tls()]).collect(),
             };
             let checks = vec![judge(&outcome.verdicts), lacking(&outcome.features)];
             (checks, outcome)
@@ -51,6 +52,16 @@ pub(super) fn check() -> (Vec<Check>, Outcome) {
             let advice = "see the problems above first: this follows from most of them";
             (vec![found.but(Level::Problem, advice)], Outcome::default())
         }
+    }
+}
+
+/// Not of eBPF, but found out by trying, too.
+fn kernel_tls() -> Feature {
+    Feature {
+        name: "kernel TLS",
+        present: tls::probe_kernel().is_ok(),
+        since: "5.11",
+        without: "with `kernelTls: true` the agent encrypts all the same; it takes CONFIG_TLS and ChaCha20-Poly1305",
     }
 }
 
@@ -81,9 +92,10 @@ fn lacking(features: &[Feature]) -> Check {
         .collect();
     match details.is_empty() {
         true => check("the kernel has everything that the agent can use"),
-        false => check("the kernel lacks what newer ones have")
-            .with(details)
-            .but(Level::Note, "a newer kernel brings it; nothing else is missing"),
+        false => check("the kernel lacks what newer ones have").with(details).but(
+            Level::Note,
+            "a newer kernel, or one that was built with it, brings it; nothing else is missing",
+        ),
     }
 }
 

@@ -60,7 +60,8 @@ pub(super) fn kernel_tls(config: &AgentConfig) -> Option<Check> {
         Ok(()) => check("the kernel can encrypt what goes between agents (kernelTls)".to_owned()),
         Err(error) => check(format!("kernelTls is on, but {}", explain(&error))).but(
             Level::Warning,
-            "the agent encrypts instead, as with `kernelTls: false`",
+            "the agent encrypts, as with `kernelTls: false`; load the modules on the host (`modprobe -a tls \
+             chacha20poly1305`) and start it again, or turn the option off",
         ),
     })
 }

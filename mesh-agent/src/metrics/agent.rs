@@ -125,7 +125,7 @@ impl AgentMetrics {
                 "handshake_failures",
                 "Connections to port 15008 that failed their TLS handshake or agreed on no protocol",
             ),
-            kernel_tls_connections: add(agent, "kernel_tls_connections", "mTLS that the kernel encrypts"),
+            kernel_tls_connections: add(agent, "kernel_tls_connections", "mTLS sessions the kernel took"),
             retries: add(agent, "retries", "Tries of requests beyond the first"),
             dns_queries: add_each(
                 agent,

@@ -29,11 +29,13 @@ use tokio::net::TcpStream;
 /// Why the kernel cannot encrypt.
 #[derive(Debug, thiserror::Error)]
 pub enum Unsupported {
-    #[error("the kernel has no TLS (CONFIG_TLS; where that is a module: `modprobe tls`): {0}")]
+    #[error("the kernel has no TLS, neither built in nor loaded (CONFIG_TLS, module tls): {0:?}")]
     NoTls(Errno),
     #[error("the kernel's TLS has no ChaCha20-Poly1305, which Linux 5.11 brought")]
     TooOld,
-    #[error("the kernel has no ChaCha20-Poly1305 (where that is a module: `modprobe chacha20poly1305`): {0}")]
+    #[error(
+        "the kernel has no ChaCha20-Poly1305, neither built in nor loaded (module chacha20poly1305): {0:?}"
+    )]
     NoCipher(Errno),
     #[error("cannot try it out on the loopback interface: {0}")]
     Untried(#[from] io::Error),

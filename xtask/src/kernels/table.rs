@@ -218,13 +218,16 @@ fn capture(report: &Report) -> Option<&Value> {
     report.records("capture").next()
 }
 
-/// What a kernel has and has not: as the agent says, or else as its doctor does.
+/// What a kernel has and has not: as the agent says, and of the rest as its doctor does.
 fn features_of(report: &Report) -> Vec<Value> {
     let listed = |value: &Value| value["features"].as_array().cloned();
-    capture(report)
-        .and_then(listed)
-        .or_else(|| listed(&report.doctor()?))
-        .unwrap_or_default()
+    let mut all = capture(report).and_then(listed).unwrap_or_default();
+    for feature in report.doctor().as_ref().and_then(listed).unwrap_or_default() {
+        if all.iter().all(|have| have["name"] != feature["name"]) {
+            all.push(feature);
+        }
+    }
+    all
 }
 
 fn feature_of(report: &Report, name: &str) -> Option<Value> {

@@ -145,6 +145,7 @@ fn sources(ca: &tempfile::TempDir, log: LogHandle) -> AdminSources {
             ..Default::default()
         }),
         fast_paths: Box::new(FastPaths::default),
+        kernel_tls: true,
         features: vec![feature("SO_NETNS_COOKIE", true), feature("bpf_set_retval", false)],
     }
 }

@@ -37,6 +37,9 @@ pub(crate) struct Args {
     /// Measure the agent that `dist --trained` makes, after `cargo xtask train`. It was trained with these rows.
     #[arg(long)]
     pub(crate) trained: bool,
+    /// Have the kernel encrypt what goes between our agents (`kernelTls: true`); not if this one cannot.
+    #[arg(long)]
+    pub(crate) kernel_tls: bool,
     /// Envoy's program.
     #[arg(long, default_value = "envoy")]
     pub(crate) envoy: PathBuf,

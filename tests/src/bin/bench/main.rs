@@ -30,8 +30,9 @@ mod ztunnel;
 
 use std::process::ExitCode;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use clap::Parser;
+use mesh_agent::tls;
 use mesh_tests::Interrupt;
 
 use args::Args;
@@ -52,10 +53,13 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<()> {
     let scenarios = scenario::chosen(&args.scenarios);
+    if args.kernel_tls {
+        tls::probe_kernel().context("--kernel-tls")?;
+    }
     let peers = Peers::find(args);
     let mut record = Record::new(args, Machine::read()?, &peers);
     eprint!("{}", report::head(&record));
-    let mut world = World::start()?;
+    let mut world = World::start(args.kernel_tls)?;
     let interrupt = Interrupt::clean_up(&world.mesh.run)?;
     for scenario in scenarios {
         let outcome = Contest::new(scenario, &peers, args).run(&mut world);

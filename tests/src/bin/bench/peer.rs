@@ -72,6 +72,9 @@ impl Peers {
                     if peer == Peer::Agent && args.trained {
                         version += ", trained with rows of this bench";
                     }
+                    if peer == Peer::Agent && args.kernel_tls {
+                        version += ", with kernelTls";
+                    }
                     peers.found.push(Found {
                         peer,
                         program,

@@ -151,7 +151,7 @@ pub(crate) fn stop_agents(world: &mut World) -> Result<()> {
 
 pub(crate) fn launch_agents(world: &mut World) -> Result<()> {
     let options = Options {
-        config: AGENT_CONFIG.to_owned(),
+        config: format!("{AGENT_CONFIG}kernelTls: {}\n", world.kernel_tls),
         ..Options::default()
     };
     world.mesh.start_agents(&options)

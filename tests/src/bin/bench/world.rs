@@ -28,6 +28,8 @@ pub(crate) struct World {
     pub(crate) plain: Pods,
     pub(crate) meshed: Pods,
     pub(crate) redirected: Pods,
+    /// Agents have the kernel encrypt.
+    pub(crate) kernel_tls: bool,
 }
 
 #[derive(Debug)]
@@ -38,7 +40,7 @@ pub(crate) struct Pods {
 }
 
 impl World {
-    pub(crate) fn start() -> Result<Self> {
+    pub(crate) fn start(kernel_tls: bool) -> Result<Self> {
         let options = Options {
             name: Some(NAME.to_owned()),
             agents: false,
@@ -56,6 +58,7 @@ impl World {
             plain: plain?,
             meshed,
             redirected: redirected?,
+            kernel_tls,
         };
         world.write_services()?;
         Ok(world)
