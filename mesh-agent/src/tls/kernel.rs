@@ -4,11 +4,12 @@
 //! records, and no kernel before 6.14 can be given new ones); an end without `close_notify` is an error, as a cut
 //! connection must not look like one that ended; what is neither data nor an end is refused, but for tickets.
 //!
-//! Bytes that are no record at all the kernel tells of by EPOLLERR alone, for which tokio wakes no reader: who writes
-//! next learns of them, as agents do, that ping each other.
+//! Bytes that are no record at all newer kernels tell of by EPOLLERR alone, for which tokio wakes no reader: who
+//! writes next learns of them, as agents do, that ping each other.
 //!
-//! Left out: `TLS_RX_EXPECT_NO_PAD`, with which the kernel decrypts into the reader's memory. Kernels from 6.0 to 6.17
-//! that lack the fix of CVE-2025-39682 can be made to use memory that they freed that way, by any peer.
+//! What comes from the network is one more thing for the kernel to parse: the README names the fixes that it must have.
+//! Left out: `TLS_RX_EXPECT_NO_PAD`, with which the kernel decrypts into the reader's memory. Kernels since 6.0 that
+//! lack the fix of CVE-2025-39682 can be made to use memory that they freed that way, by any peer.
 
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
 use std::net::{Ipv4Addr, TcpListener, TcpStream as StdStream};
@@ -74,7 +75,7 @@ pub struct KernelStream {
     /// Servers send tickets; nobody else sends anything but data and ends.
     may_get_tickets: bool,
     read_ended: bool,
-    /// `close_notify` or an alert was sent.
+    /// `close_notify` or an alert was sent, or there is nobody to tell.
     write_ended: bool,
     /// Nothing that comes after an error is believed.
     broken: bool,
@@ -165,21 +166,29 @@ impl KernelStream {
     /// Ends the connection for what came over it, and tells the peer, who may be gone.
     fn break_off(&mut self, error: &io::Error) {
         self.broken = true;
+        if error.kind() == ErrorKind::UnexpectedEof {
+            // A peer that was cut off, or half closed without a word, may still be told the end.
+            return;
+        }
         let alert = match error.raw_os_error() {
-            Some(libc::EBADMSG) => BAD_RECORD_MAC,
-            Some(libc::EMSGSIZE) => RECORD_OVERFLOW,
-            _ if error.kind() == ErrorKind::InvalidData => UNEXPECTED_MESSAGE,
-            _ => return,
+            Some(libc::EBADMSG) => Some(BAD_RECORD_MAC),
+            Some(libc::EMSGSIZE) => Some(RECORD_OVERFLOW),
+            Some(libc::EINVAL) => Some(UNEXPECTED_MESSAGE),
+            _ if error.kind() == ErrorKind::InvalidData => Some(UNEXPECTED_MESSAGE),
+            _ => None,
         };
-        if !std::mem::replace(&mut self.write_ended, true) {
+        let told = std::mem::replace(&mut self.write_ended, true);
+        if let (Some(alert), false) = (alert, told) {
+            // The kernel holds the error against whoever writes next, until it was asked for.
+            let _ = self.socket.take_error();
             let _ = self.alert(FATAL, alert);
         }
     }
 
-    /// Waits until the kernel has room, and so has sent all but what follows now.
+    /// Waits until a third of the socket's buffer is free.
     ///
-    /// A record counts as written although a part of it still waits in the kernel's TLS, where an end of the socket
-    /// would lose it. That part goes ahead of what is written when there is room for both.
+    /// A record counts as written although a part of it still waits in the kernel's TLS. That part goes ahead of what is
+    /// written next, or of the socket's end, if there is room for it then; else the end would lose it.
     fn poll_room(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let has_room = || {
             let mut polled = [PollFd::new(self.socket.as_fd(), PollFlags::POLLOUT)];
@@ -353,18 +362,19 @@ impl AsyncWrite for KernelStream {
         Pin::new(&mut self.socket).poll_flush(cx)
     }
 
+    /// Says `close_notify`. The socket's own end is left to closing it: one before that would overtake what waits.
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while !self.write_ended {
             ready!(self.poll_room(cx))?;
             match self.alert(WARNING, CLOSE_NOTIFY) {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {}
                 sent => {
-                    sent?;
                     self.write_ended = true;
+                    sent?;
                 }
             }
         }
-        Pin::new(&mut self.socket).poll_shutdown(cx)
+        self.poll_room(cx)
     }
 }
 

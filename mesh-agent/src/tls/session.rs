@@ -1,8 +1,9 @@
 //! Handshakes on sockets, and what carries a connection's bytes from then on: rustls, or the kernel.
 //!
 //! Invariant: the kernel takes a connection over only where it was asked to, where it can, and between two records;
-//! until then rustls has it, and keeps it otherwise. (A handshake message that begins before that and ends after it
-//! breaks the connection: nobody sends such.)
+//! until then rustls has it, and keeps it otherwise. What fails after that breaks the connection: rustls is gone when
+//! the kernel gets the keys, which it took on trial when the agent started; and a handshake message that begins before
+//! and ends after it is one that nobody sends.
 
 use std::io::{self, ErrorKind, IoSlice, Read as _, Write as _};
 use std::net::IpAddr;
@@ -10,6 +11,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
+use nix::errno::Errno;
 use rustls::pki_types::ServerName;
 use rustls::{CipherSuite, ClientConfig, Connection, ConnectionCommon, ServerConfig, SideData};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf};
@@ -127,10 +129,15 @@ fn attach<D>(records: &Records, session: &ConnectionCommon<D>) -> bool {
     if suite != Some(CipherSuite::TLS13_CHACHA20_POLY1305_SHA256) {
         return false;
     }
-    let attached = kernel::attach(records.socket());
-    attached
-        .inspect_err(|error| tracing::warn!(%error, "the kernel does not take a TLS connection, so the agent encrypts it"))
-        .is_ok()
+    match kernel::attach(records.socket()) {
+        Ok(()) => true,
+        // The peer has left again.
+        Err(Errno::ENOTCONN) => false,
+        Err(error) => {
+            tracing::warn!(%error, "the kernel does not take a TLS connection, so the agent encrypts it");
+            false
+        }
+    }
 }
 
 async fn send_out<D: SideData>(records: &mut Records, session: &mut ConnectionCommon<D>) -> io::Result<()> {
