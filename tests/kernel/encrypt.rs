@@ -39,6 +39,8 @@ const MUCH: usize = 8 << 20;
 const BLOCKED: Duration = Duration::from_secs(1);
 
 struct Mesh {
+    /// Whether this kernel can do it.
+    can: bool,
     identities: Identities,
     pair: [Identity; 2],
     _ca: TempDir,
@@ -50,7 +52,12 @@ impl Mesh {
         let identities = Identities::open_embedded(ca.path(), "cluster.local").unwrap();
         let pair: [Identity; 2] = [CLIENT.parse().unwrap(), SERVER.parse().unwrap()];
         identities.ensure(&BTreeSet::from(pair.clone()));
+        let can = tls::probe_kernel().is_ok();
+        if !can {
+            off("kernel TLS").unwrap();
+        }
         Self {
+            can,
             identities,
             pair,
             _ca: ca,
@@ -67,10 +74,9 @@ impl Mesh {
 
     /// Each end in the kernel if it is asked to, where that can be.
     async fn sessions(&self, client: RecordLayer, server: RecordLayer) -> (Session, Session) {
-        let can = kernel_can();
         let (at_client, at_server) = sessions(self.client(client), self.server(server)).await;
-        assert_eq!(is_in_kernel(&at_client), can && client == Kernel);
-        assert_eq!(is_in_kernel(&at_server), can && server == Kernel);
+        assert_eq!(is_in_kernel(&at_client), self.can && client == Kernel);
+        assert_eq!(is_in_kernel(&at_server), self.can && server == Kernel);
         (at_client, at_server)
     }
 }
@@ -98,15 +104,6 @@ async fn sessions(client: Arc<ClientConfig>, server: Arc<ServerConfig>) -> (Sess
 
 async fn within<T>(work: impl Future<Output = T>) -> T {
     timeout(patience(LONG), work).await.unwrap()
-}
-
-/// Whether this kernel can do it.
-fn kernel_can() -> bool {
-    let can = tls::probe_kernel();
-    if can.is_err() {
-        off("kernel TLS").unwrap();
-    }
-    can.is_ok()
 }
 
 fn is_in_kernel(session: &Session) -> bool {
@@ -288,7 +285,6 @@ async fn an_end_is_told_from_a_cut() {
 
 #[tokio::test]
 async fn what_is_no_record_of_this_connection_breaks_it() {
-    let can = kernel_can();
     let mesh = Mesh::new();
     let forged = [&[23, 3, 3, 0, 48][..], &[7; 48]].concat();
     let endless = [&[23, 3, 3, 0xff, 0xff][..], &[0; 70_000]].concat();
@@ -307,7 +303,7 @@ async fn what_is_no_record_of_this_connection_breaks_it() {
         let accepting = tls::accept(mesh.server(Kernel), at_server);
         let shaken = Box::pin(within(async { tokio::try_join!(connecting, accepting) })).await;
         let (mut at_client, mut at_server) = shaken.unwrap();
-        assert_eq!(is_in_kernel(&at_server), can);
+        assert_eq!(is_in_kernel(&at_server), mesh.can);
         // The first part is enough, if there is no room for the rest.
         let _ = beside.write(bytes).unwrap();
         let broken = async {
@@ -391,7 +387,6 @@ fn waiting(socket: &StdStream) -> libc::c_int {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_comes_with_the_end_of_a_handshake_is_not_lost() {
-    let can = kernel_can();
     let mesh = Mesh::new();
     const SENT: usize = 40_000;
     // Where the first packet ends: after the handshake, in a record's head, in its content, in the next record.
@@ -420,14 +415,13 @@ async fn what_comes_with_the_end_of_a_handshake_is_not_lost() {
         });
         let (accepting, _socket) = within(sending).await.unwrap();
         let session = within(accepting).await.unwrap().unwrap();
-        assert_eq!(is_in_kernel(&session), can);
+        assert_eq!(is_in_kernel(&session), mesh.can);
         assert_eq!(within(receive(session.stream)).await, SENT, "{beyond}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_change_of_keys_is_done_before_and_refused_after() {
-    let can = kernel_can();
     let mesh = Mesh::new();
     for at_once in [true, false] {
         let (at_client, at_server) = sockets().await;
@@ -447,10 +441,10 @@ async fn a_change_of_keys_is_done_before_and_refused_after() {
         });
         let (mut session, mut socket) = within(changing).await.unwrap();
         let mut at_server = within(accepting).await.unwrap().unwrap();
-        assert_eq!(is_in_kernel(&at_server), can);
+        assert_eq!(is_in_kernel(&at_server), mesh.can);
         let mut received = Vec::new();
         let read = within(at_server.stream.read_to_end(&mut received)).await;
-        let refused = can && !at_once;
+        let refused = mesh.can && !at_once;
         match read {
             Ok(_) => assert!(!refused && received.ends_with(b"new"), "{received:?}"),
             Err(error) => {
@@ -486,13 +480,12 @@ async fn a_change_of_keys_is_done_before_and_refused_after() {
 
 #[tokio::test]
 async fn tickets_are_no_data() {
-    let can = kernel_can();
     let mesh = Mesh::new();
     let mut server = ServerConfig::clone(&mesh.server(Agent));
     server.session_storage = ServerSessionMemoryCache::new(16);
     server.send_tls13_tickets = 4;
     let (at_client, mut at_server) = sessions(mesh.client(Kernel), Arc::new(server)).await;
-    assert_eq!(is_in_kernel(&at_client), can);
+    assert_eq!(is_in_kernel(&at_client), mesh.can);
     at_server.stream.write_all(&pattern(0, 10)).await.unwrap();
     at_server.stream.shutdown().await.unwrap();
     assert_eq!(within(receive(at_client.stream)).await, 10);
