@@ -265,7 +265,8 @@ fn a_connect_given_up_leaves_nothing() {
         .collect();
     assert_eq!(world.entries("FLOWS"), 4);
     drop(given_up);
-    assert_eq!(world.entries("FLOWS"), 2);
+    // On a busy machine the kernel ends what is closed a little later.
+    world.wait_for_entries("FLOWS", 2);
     for _ in connected {
         assert_eq!(agent.accept().1, Some(to));
     }
