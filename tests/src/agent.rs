@@ -2,9 +2,10 @@
 
 use std::ffi::OsStr;
 use std::fs;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{self, Command};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -33,7 +34,7 @@ pub struct Agent {
 impl Agent {
     /// Writes the configuration of a node's agent; it does not run yet.
     pub(crate) fn new(run: &Run, node: &str, program: &Path, options: &Options) -> Result<Self> {
-        let (admin, metrics) = (free_port()?, free_port()?);
+        let (admin, metrics) = (own_address(), own_address());
         let dir = run.dir();
         let state = dir.join("state").join(node);
         fs::create_dir_all(&state)?;
@@ -179,7 +180,10 @@ impl Agent {
     }
 }
 
-/// A port of the loopback address that is free now.
-fn free_port() -> Result<SocketAddr> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?)
+/// An address of the loopback that nobody takes before the agent does: one that was looked for and found free can be another
+/// connection's by then, since the kernel gives connections over the loopback ports of 127.0.0.1.
+fn own_address() -> SocketAddr {
+    static NEXT: AtomicU16 = AtomicU16::new(15_000);
+    let [.., high, low] = process::id().to_be_bytes();
+    (Ipv4Addr::new(127, high, low, 1), NEXT.fetch_add(1, Ordering::Relaxed)).into()
 }
