@@ -185,5 +185,9 @@ impl Agent {
 fn own_address() -> SocketAddr {
     static NEXT: AtomicU16 = AtomicU16::new(15_000);
     let [.., high, low] = process::id().to_be_bytes();
-    (Ipv4Addr::new(127, high, low, 1), NEXT.fetch_add(1, Ordering::Relaxed)).into()
+    (
+        Ipv4Addr::new(127, high, low, 1),
+        NEXT.fetch_add(1, Ordering::Relaxed),
+    )
+        .into()
 }
