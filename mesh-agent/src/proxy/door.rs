@@ -5,7 +5,7 @@
 
 use std::future::Future;
 use std::net::SocketAddr;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -38,25 +38,19 @@ impl Door {
         Arc::new(Self { proxy, local, caller })
     }
 
+    /// Boxed: tokio moves a task about until it is first polled, and neither kind holds room for the other.
     pub(super) fn handle(
         self: Arc<Self>,
         request: Request<RecvStream>,
         respond: SendResponse<Bytes>,
-    ) -> impl Future<Output = ()> + Send {
-        let asked = if request.method() == Method::CONNECT {
-            Asked::Stream(Box::new(request))
-        } else {
-            Asked::Request(received(request))
-        };
-        async move {
-            match asked {
-                Asked::Request(message) => {
-                    mesh_serve::answer(respond, async || self.request(message).await).await;
-                }
-                // Boxed, as all that is rare: the task of each request would else hold its room.
-                Asked::Stream(request) => Box::pin(self.byte_stream(request, respond)).await,
-            }
+    ) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        if request.method() == Method::CONNECT {
+            return Box::pin(self.byte_stream(Box::new(request), respond));
         }
+        let message = received(request);
+        Box::pin(mesh_serve::answer(respond, async move || {
+            self.request(message).await
+        }))
     }
 
     /// A native request.
@@ -75,30 +69,42 @@ impl Door {
         }
     }
 
-    /// An HBONE stream. The answer waits for the application where its protocol is not HTTP, so that the other
-    /// agent learns of a failure while it can still go elsewhere.
-    async fn byte_stream(&self, request: Box<Request<RecvStream>>, mut respond: SendResponse<Bytes>) {
-        let opened = {
-            let opening = pin!(self.open(&request));
-            mesh_serve::unless_reset(&mut respond, opening).await
-        };
-        let (pipeline, app) = match opened {
-            Some(Ok(opened)) => opened,
-            Some(Err(error)) => {
-                let refusal = reply::error(&error, reply::Audience::Http);
-                return mesh_serve::answer(respond, async || refusal).await;
-            }
-            None => return,
-        };
-        let Ok(send) = respond.send_response(Response::new(()), false) else {
+    /// An HBONE stream.
+    async fn byte_stream(self: Arc<Self>, request: Box<Request<RecvStream>>, respond: SendResponse<Bytes>) {
+        // Boxed: no room for it is held once it is open.
+        let Some((life, carrying)) = Box::pin(self.opened(request, respond)).await else {
             return;
         };
-        let stream = Stream::tunnel(Duplex::new(send, request.into_body()), None);
-        let life = Arc::clone(&pipeline.caller.life);
         tokio::select! {
-            () = pipeline.stream(Prefixed::new(stream), app) => {}
+            () = carrying => {}
             () = life.cut() => {}
         }
+    }
+
+    /// Opens a stream and answers: what is left is to carry it. The answer waits for the application where its
+    /// protocol is not HTTP, so that the other agent learns of a failure while it can still go elsewhere.
+    async fn opened(
+        &self,
+        request: Box<Request<RecvStream>>,
+        mut respond: SendResponse<Bytes>,
+    ) -> Option<(Arc<Life>, Pin<Box<impl Future<Output = ()> + use<>>>)> {
+        let opened = {
+            let opening = pin!(self.open(&request));
+            mesh_serve::unless_reset(&mut respond, opening).await?
+        };
+        let (pipeline, app) = match opened {
+            Ok(opened) => opened,
+            Err(error) => {
+                let refusal = reply::error(&error, reply::Audience::Http);
+                mesh_serve::answer(respond, async || refusal).await;
+                return None;
+            }
+        };
+        let send = respond.send_response(Response::new(()), false).ok()?;
+        let stream = Stream::tunnel(Duplex::new(send, request.into_body()), None);
+        let life = Arc::clone(&pipeline.caller.life);
+        let carrying = Arc::new(pipeline).stream(Prefixed::new(stream), app);
+        Some((life, Box::pin(carrying)))
     }
 
     /// Where an HBONE stream goes, and the application's side of it where that is opened first.
@@ -172,12 +178,6 @@ impl Door {
             ))
         }
     }
-}
-
-/// What a stream was opened for.
-enum Asked {
-    Request(Box<Message>),
-    Stream(Box<Request<RecvStream>>),
 }
 
 fn received(request: Request<RecvStream>) -> Box<Message> {

@@ -20,6 +20,7 @@ use super::error::{Error, Kind};
 use super::inbound_http;
 use super::listener::Accepted;
 use super::recorders::Recorders;
+use super::session::{First, Spoken};
 use super::stream::Stream;
 use super::{CONNECT_TIMEOUT, HBONE_PORT, Proxy, failure, mesh_serve, serve, session};
 use crate::authz::{self, Verdict};
@@ -65,7 +66,8 @@ impl Caller {
 
 pub(super) async fn serve(proxy: Arc<Proxy>, accepted: Accepted) {
     if accepted.address.port() == HBONE_PORT {
-        mutual_tls(proxy, accepted).await;
+        // Boxed: there are few, and each of the others would hold its room.
+        Box::pin(mutual_tls(proxy, accepted)).await;
     } else {
         clear_text(proxy, accepted).await;
     }
@@ -159,12 +161,12 @@ async fn clear_text(proxy: Arc<Proxy>, accepted: Accepted) {
         Stream::Tcp(socket).reset();
         return;
     }
-    let pipeline = Pipeline {
+    let pipeline = Arc::new(Pipeline {
         proxy,
         local,
         caller,
         to: address,
-    };
+    });
     pipeline.stream(Prefixed::new(Stream::Tcp(socket)), None).await;
 }
 
@@ -231,7 +233,21 @@ pub(super) struct Pipeline {
 
 impl Pipeline {
     /// `app` is the application's side, where it is open already.
-    pub(super) async fn stream(self, mut client: Prefixed<Stream>, app: Option<Stream>) {
+    pub(super) async fn stream(self: Arc<Self>, mut client: Prefixed<Stream>, app: Option<Stream>) {
+        // Each boxed: who is in one of them, and may be for long, holds no room for the others.
+        match Box::pin(self.listen(&mut client, app)).await {
+            Some(Spoken::Http { http2 }) => Box::pin(self.http(client, http2)).await,
+            Some(Spoken::Opaque(app)) => Box::pin(self.opaque(client, app)).await,
+            None => {}
+        }
+    }
+
+    /// What the stream speaks, from its port's protocol and its first bytes. `None`: it is to be closed.
+    async fn listen(
+        &self,
+        client: &mut Prefixed<Stream>,
+        app: Option<Stream>,
+    ) -> Option<Spoken<Prefixed<Stream>>> {
         let protocol = self.proxy.store.load().target_protocol(self.to);
         let (dest, to, from) = (Arc::clone(&self.local), self.to, self.caller.client);
         let open = async move {
@@ -240,40 +256,39 @@ impl Pipeline {
                 None => connect_app(&dest, to, from).await,
             }
         };
-        let opened = match protocol {
+        Some(match protocol {
             Protocol::Http1 | Protocol::Http2 | Protocol::Grpc => {
-                let first = session::first_request(&mut client, &self.caller.life.drain).await;
-                let Some(first) = first else { return };
-                match first {
-                    Detected::Http2 => return self.http(client, true).await,
-                    // What is not HTTP gets hyper's 400.
-                    _ => return self.http(client, false).await,
-                }
+                let first = session::first_request(client, &self.caller.life.drain).await?;
+                // What is not HTTP gets hyper's 400.
+                let http2 = first == Detected::Http2;
+                Spoken::Http { http2 }
             }
-            Protocol::Tls | Protocol::Tcp => open.await.map(Prefixed::new),
+            Protocol::Tls | Protocol::Tcp => Spoken::Opaque(open.await.map(Prefixed::new)),
             Protocol::Detect => {
-                let mut open = Box::pin(open);
-                match session::first(&mut client, Direction::Inbound, &mut open).await {
-                    Ok(session::First::Client(Detected::Http1)) => return self.http(client, false).await,
-                    Ok(session::First::Client(Detected::Http2)) => return self.http(client, true).await,
-                    Ok(session::First::Client(Detected::Tls | Detected::Opaque)) => {
-                        open.await.map(Prefixed::new)
+                let mut open = std::pin::pin!(open);
+                match session::first(client, Direction::Inbound, &mut open).await {
+                    Ok(First::Client(Detected::Http1)) => Spoken::Http { http2: false },
+                    Ok(First::Client(Detected::Http2)) => Spoken::Http { http2: true },
+                    Ok(First::Client(Detected::Tls | Detected::Opaque)) => {
+                        Spoken::Opaque(open.await.map(Prefixed::new))
                     }
-                    Ok(session::First::Opaque(server)) => Ok(server),
-                    Err(error) => Err(error),
+                    Ok(First::Opaque(server)) => Spoken::Opaque(Ok(server)),
+                    Err(error) => Spoken::Opaque(Err(error)),
                 }
             }
-        };
-        self.opaque(client, opened).await;
+        })
     }
 
-    async fn opaque(self, mut client: Prefixed<Stream>, app: Result<Prefixed<Stream>, Error>) {
+    async fn opaque(self: Arc<Self>, mut client: Prefixed<Stream>, app: Result<Prefixed<Stream>, Error>) {
         self.caller.life.speaks("tcp");
         match app {
-            Ok(app) => {
-                let snapshot = self.proxy.store.load();
-                let recorder = tcp_recorder(&self.proxy, &snapshot, &self.local, &self.caller, self.to);
-                session::copy(client, app, self.caller.life.connection(), vec![recorder]).await;
+            Ok(mut app) => {
+                let recorder = {
+                    let snapshot = self.proxy.store.glance();
+                    tcp_recorder(&self.proxy, &snapshot, &self.local, &self.caller, self.to)
+                };
+                let connection = self.caller.life.connection();
+                session::copy(&mut client, &mut app, connection, vec![recorder]).await;
             }
             Err(error) => {
                 tracing::debug!(%error, workload = %self.local.uid, to = %self.to, "cannot deliver a stream");
@@ -282,11 +297,10 @@ impl Pipeline {
         }
     }
 
-    async fn http(self, client: Prefixed<Stream>, http2: bool) {
+    async fn http(self: Arc<Self>, client: Prefixed<Stream>, http2: bool) {
         let life = Arc::clone(&self.caller.life);
         life.speaks(if http2 { "http2" } else { "http1" });
-        let this = Arc::new(self);
-        let handle = move |request| Arc::clone(&this).request(request);
+        let handle = move |request| Arc::clone(&self).request(request);
         if http2 {
             serve::http2(client, life.drain.clone(), handle).await;
         } else {

@@ -55,8 +55,7 @@ pub(super) async fn serve<I, F>(
         tokio::select! {
             accepted = connection.accept() => match accepted {
                 Some(Ok((request, respond))) => {
-                    // Boxed: tokio moves it about until it is first polled.
-                    tokio::spawn(Box::pin(handle(request, respond)));
+                    tokio::spawn(handle(request, respond));
                 }
                 Some(Err(error)) => {
                     tracing::debug!(%error, "an agent's connection broke");

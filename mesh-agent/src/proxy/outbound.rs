@@ -15,6 +15,7 @@ use super::detect::{Detected, Prefixed};
 use super::error::{Error, Kind};
 use super::listener::Accepted;
 use super::recorders::Recorders;
+use super::session::{First, Spoken};
 use super::stream::Stream;
 use super::upstream::{self, Way};
 use super::{Proxy, inbound, outbound_http, serve, session};
@@ -50,13 +51,14 @@ pub(super) async fn serve(proxy: Arc<Proxy>, accepted: Accepted) {
     };
     if original.port() == DNS_PORT {
         life.speaks("dns");
-        if let Err(error) = dns::stream(&local.resolver, stream, original).await {
+        // Boxed, as all that is rare: each connection would else hold its room.
+        if let Err(error) = Box::pin(dns::stream(&local.resolver, stream, original)).await {
             tracing::debug!(%error, workload = %local.uid, server = %original, "DNS connection ended");
         }
         return;
     }
     let mut client = Stream::Tcp(stream);
-    let target = match proxy.store.load().destination(original) {
+    let target = match proxy.store.glance().destination(original) {
         Destination::Service(service, port) => Target::Service(service.key.clone(), port),
         Destination::UnknownPort(service) => {
             tracing::info!(%peer, workload = %local.uid, service = %service.key, port = original.port(),
@@ -67,7 +69,7 @@ pub(super) async fn serve(proxy: Arc<Proxy>, accepted: Accepted) {
         Destination::Workload(workload) => Target::Workload(workload),
         Destination::Unknown => Target::Unknown,
     };
-    let outbound = Outbound {
+    let outbound = Arc::new(Outbound {
         proxy,
         local,
         client: peer,
@@ -75,7 +77,7 @@ pub(super) async fn serve(proxy: Arc<Proxy>, accepted: Accepted) {
         target,
         life: Arc::new(life),
         recorders: Arc::default(),
-    };
+    });
     outbound.run(Prefixed::new(client)).await;
 }
 
@@ -118,43 +120,52 @@ pub(super) struct Candidates<'a> {
 }
 
 impl Outbound {
-    async fn run(self, mut client: Prefixed<Stream>) {
-        if matches!(self.target, Target::Unknown) {
-            return self.opaque(client, None).await;
+    async fn run(self: Arc<Self>, mut client: Prefixed<Stream>) {
+        // Each boxed: who is in one of them, and may be for long, holds no room for the others.
+        match Box::pin(self.listen(&mut client)).await {
+            Some(Spoken::Http { http2 }) => Box::pin(self.http(client, http2)).await,
+            Some(Spoken::Opaque(opened)) => Box::pin(self.opaque(client, opened)).await,
+            None => {}
         }
-        let protocol = self.candidates(&self.proxy.store.load()).protocol;
-        match protocol {
-            Protocol::Tls | Protocol::Tcp => self.opaque(client, None).await,
+    }
+
+    /// What the connection speaks, from its port's protocol and its first bytes. `None`: it is to be closed.
+    async fn listen(&self, client: &mut Prefixed<Stream>) -> Option<Spoken<(Prefixed<Stream>, Opened)>> {
+        let protocol = match self.target {
+            Target::Unknown => Protocol::Tcp,
+            _ => self.candidates(&self.proxy.store.glance()).protocol,
+        };
+        Some(match protocol {
+            Protocol::Tls | Protocol::Tcp => Spoken::Opaque(self.reach().await),
             Protocol::Http1 | Protocol::Http2 | Protocol::Grpc => {
-                let first = session::first_request(&mut client, &self.life.drain).await;
-                let Some(first) = first else { return };
-                self.http(client, first == Detected::Http2).await;
+                let first = session::first_request(client, &self.life.drain).await?;
+                let http2 = first == Detected::Http2;
+                Spoken::Http { http2 }
             }
             Protocol::Detect => {
                 let mut opening = Box::pin(self.open());
                 let mut opened = None;
-                let first = session::first(&mut client, Direction::Outbound, async {
+                let first = session::first(client, Direction::Outbound, async {
                     let (stream, rest) = (&mut opening).await?;
                     opened = Some(rest);
                     Ok(stream)
                 })
                 .await;
                 drop(opening);
-                let opened = opened.filter(|_| matches!(first, Ok(session::First::Opaque(_))));
-                match first {
-                    Ok(session::First::Client(Detected::Http1)) => self.http(client, false).await,
-                    Ok(session::First::Client(Detected::Http2)) => self.http(client, true).await,
-                    Ok(session::First::Client(Detected::Tls | Detected::Opaque)) => {
-                        self.opaque(client, None).await
-                    }
-                    Ok(session::First::Opaque(server)) => {
-                        let opened = opened.map(|opened| (server, opened));
-                        self.opaque(client, opened).await;
-                    }
-                    Err(error) => self.fail(client, &error),
+                match (first, opened) {
+                    (Ok(First::Client(Detected::Http1)), _) => Spoken::Http { http2: false },
+                    (Ok(First::Client(Detected::Http2)), _) => Spoken::Http { http2: true },
+                    (Ok(First::Opaque(server)), Some(opened)) => Spoken::Opaque(Ok((server, opened))),
+                    (Ok(_), _) => Spoken::Opaque(self.reach().await),
+                    (Err(error), _) => Spoken::Opaque(Err(error)),
                 }
             }
-        }
+        })
+    }
+
+    async fn reach(&self) -> Result<(Prefixed<Stream>, Opened), Error> {
+        let (stream, opened) = self.open().await?;
+        Ok((Prefixed::new(stream), opened))
     }
 
     /// The target's endpoints in this snapshot.
@@ -209,11 +220,10 @@ impl Outbound {
         }
     }
 
-    async fn http(self, client: Prefixed<Stream>, http2: bool) {
+    async fn http(self: Arc<Self>, client: Prefixed<Stream>, http2: bool) {
         self.life.speaks(if http2 { "http2" } else { "http1" });
         let drain = self.life.drain.clone();
-        let this = Arc::new(self);
-        let handle = move |request: Request<Incoming>| outbound_http::handle(Arc::clone(&this), request);
+        let handle = move |request: Request<Incoming>| outbound_http::handle(Arc::clone(&self), request);
         if http2 {
             serve::http2(client, drain, handle).await;
         } else {
@@ -221,32 +231,28 @@ impl Outbound {
         }
     }
 
-    async fn opaque(self, mut client: Prefixed<Stream>, opened: Option<(Prefixed<Stream>, Opened)>) {
+    async fn opaque(
+        self: Arc<Self>,
+        mut client: Prefixed<Stream>,
+        opened: Result<(Prefixed<Stream>, Opened), Error>,
+    ) {
         self.life.speaks("tcp");
-        let opened = match opened {
-            Some(opened) => Ok(opened),
-            None => self
-                .open()
-                .await
-                .map(|(stream, opened)| (Prefixed::new(stream), opened)),
-        };
         match opened {
-            Ok((server, opened)) => {
+            Ok((mut server, opened)) => {
                 if opened.watched {
                     client.refuse_http();
                 }
+                let connection = self.life.connection();
                 tokio::select! {
-                    () = session::copy(client, server, self.life.connection(), opened.recorders) => {}
+                    () = session::copy(&mut client, &mut server, connection, opened.recorders) => {}
                     () = context::released(opened.dest.as_ref()) => {}
                 }
             }
-            Err(error) => self.fail(client, &error),
+            Err(error) => {
+                tracing::debug!(%error, workload = %self.local.uid, to = %self.original, "cannot reach");
+                client.get_mut().reset();
+            }
         }
-    }
-
-    fn fail(self, mut client: Prefixed<Stream>, error: &Error) {
-        tracing::debug!(%error, workload = %self.local.uid, to = %self.original, "cannot reach");
-        client.get_mut().reset();
     }
 
     /// Opens a byte stream to one of the target's endpoints, and says who counts it.

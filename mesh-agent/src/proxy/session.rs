@@ -21,6 +21,15 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// How often a long connection's bytes reach the metrics.
 const REPORT_EVERY: Duration = Duration::from_secs(5);
 
+/// What a connection turned out to be.
+pub(super) enum Spoken<S> {
+    Http {
+        http2: bool,
+    },
+    /// With the way to the server.
+    Opaque(Result<S, Error>),
+}
+
 /// Who spoke first, and what.
 pub(super) enum First {
     Client(Detected),
@@ -108,8 +117,8 @@ pub(super) async fn first_request(client: &mut Prefixed<Stream>, drain: &DrainWa
 
 /// Copies until both sides have ended, counting what passes.
 pub(super) async fn copy(
-    client: Prefixed<Stream>,
-    server: Prefixed<Stream>,
+    client: &mut Prefixed<Stream>,
+    server: &mut Prefixed<Stream>,
     connection: &Connection,
     recorders: Vec<TcpRecorder>,
 ) {

@@ -43,8 +43,8 @@ pub(super) enum Broken {
 
 /// Copies both ways until both have ended.
 pub(super) async fn copy(
-    client: Prefixed<Stream>,
-    server: Prefixed<Stream>,
+    client: &mut Prefixed<Stream>,
+    server: &mut Prefixed<Stream>,
     moved: &Moved,
 ) -> Result<(), Broken> {
     let mut pair = Pair {
@@ -81,14 +81,14 @@ pub(super) async fn copy(
     Ok(())
 }
 
-struct Pair {
-    client: Prefixed<Stream>,
-    server: Prefixed<Stream>,
+struct Pair<'a> {
+    client: &'a mut Prefixed<Stream>,
+    server: &'a mut Prefixed<Stream>,
     /// Both sides have ended in good order.
     whole: bool,
 }
 
-impl Drop for Pair {
+impl Drop for Pair<'_> {
     fn drop(&mut self) {
         if !self.whole {
             self.client.get_mut().reset();
@@ -194,7 +194,7 @@ mod tests {
         let moved = std::sync::Arc::new(Moved::default());
         let copying = tokio::spawn({
             let moved = std::sync::Arc::clone(&moved);
-            async move { copy(stream(near), stream(far), &moved).await }
+            async move { copy(&mut stream(near), &mut stream(far), &moved).await }
         });
         client.write_all(b"question").await.unwrap();
         client.shutdown().await.unwrap();
@@ -223,7 +223,8 @@ mod tests {
     #[tokio::test]
     async fn a_reset_is_passed_on_and_blamed_on_its_side() {
         let ((client, near), (far, server)) = (pair().await, pair().await);
-        let copying = tokio::spawn(async move { copy(stream(near), stream(far), &Moved::default()).await });
+        let copying =
+            tokio::spawn(async move { copy(&mut stream(near), &mut stream(far), &Moved::default()).await });
         Stream::Tcp(server).reset();
         assert_reset(client).await;
         assert!(matches!(copying.await.unwrap(), Err(Broken::Server(_))));
@@ -232,7 +233,8 @@ mod tests {
     #[tokio::test]
     async fn a_reset_after_the_end_of_a_side_is_noticed_too() {
         let ((mut client, near), (far, server)) = (pair().await, pair().await);
-        let copying = tokio::spawn(async move { copy(stream(near), stream(far), &Moved::default()).await });
+        let copying =
+            tokio::spawn(async move { copy(&mut stream(near), &mut stream(far), &Moved::default()).await });
         client.shutdown().await.unwrap();
         let (mut reading, _writing) = server.into_split();
         assert_eq!(reading.read(&mut [0]).await.unwrap(), 0);
@@ -243,7 +245,8 @@ mod tests {
     #[tokio::test]
     async fn what_is_cut_is_reset_on_both_sides() {
         let ((client, near), (far, server)) = (pair().await, pair().await);
-        let copying = tokio::spawn(async move { copy(stream(near), stream(far), &Moved::default()).await });
+        let copying =
+            tokio::spawn(async move { copy(&mut stream(near), &mut stream(far), &Moved::default()).await });
         // A copy that has not begun holds nothing that could be cut short.
         tokio::task::yield_now().await;
         copying.abort();
@@ -254,7 +257,8 @@ mod tests {
     #[tokio::test]
     async fn more_than_a_slow_reader_takes_arrives_whole() {
         let ((mut client, near), (far, mut server)) = (pair().await, pair().await);
-        let copying = tokio::spawn(async move { copy(stream(near), stream(far), &Moved::default()).await });
+        let copying =
+            tokio::spawn(async move { copy(&mut stream(near), &mut stream(far), &Moved::default()).await });
         let sent: Vec<u8> = (0..8_000_000_u32).map(|n| (n % 251) as u8).collect();
         let expected = sent.clone();
         let writing = tokio::spawn(async move {

@@ -90,8 +90,10 @@ pub(super) async fn switch(
         let _held = held;
         let copying = async {
             let switched = tokio::try_join!(client, server);
-            let (client, server) = switched.ok().and_then(|(client, server)| both(client, server))?;
-            tcp::copy(client, server, &life.connection().moved).await.ok()
+            let (mut client, mut server) = switched.ok().and_then(|(client, server)| both(client, server))?;
+            tcp::copy(&mut client, &mut server, &life.connection().moved)
+                .await
+                .ok()
         };
         tokio::select! {
             _ = copying => {}
