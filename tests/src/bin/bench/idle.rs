@@ -139,7 +139,8 @@ pub(crate) fn agent(world: &mut World, node: usize) -> Result<Pid> {
 /// Bytes, once they hardly change any more.
 fn settled(pid: Pid) -> Result<f64> {
     const EVERY: Duration = Duration::from_millis(250);
-    const STILL: usize = 4;
+    // Longer than an agent takes to give back what its start needed.
+    const STILL: usize = 10;
     const MOST: usize = 60;
     let (mut last, mut still) = (0.0, 0);
     for _ in 0..MOST {
