@@ -5,6 +5,8 @@ use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use aya::programs::loaded_programs;
+use aya::sys::{Stats, enable_stats};
 use mesh_tests::{Mesh, Options, Pod, PodSpec, until_ok};
 
 use crate::common::{HTTP, address, connect, try_connect, wait_for};
@@ -86,6 +88,19 @@ spec:
         .unwrap();
     }
 
+    /// How often the kernel ran the agent's programs while it counted that.
+    fn runs(&self) -> Result<u64> {
+        let state = self.mesh.agents[0].get("/api/v1/ebpf")?;
+        let hooks = state["hooks"].as_array().context("no hooks")?;
+        let ours: Vec<_> = hooks.iter().map(|hook| &hook["programId"]).collect();
+        // A program of another test may be gone by the time it is asked.
+        let counts = loaded_programs()
+            .filter_map(Result::ok)
+            .filter(|program| ours.iter().any(|id| **id == program.id()))
+            .map(|program| program.run_count());
+        Ok(counts.sum())
+    }
+
     /// Connections and bytes between the two, as `reporter` tells.
     fn counted(&self, reporter: &str) -> Result<Counted> {
         let samples = self.mesh.agents[0].metrics()?;
@@ -161,6 +176,28 @@ fn neighbours_talk_without_the_agent_and_are_counted_as_with_it() {
     }
     let status = near.mesh.agents[0].get("/api/v1/status").unwrap();
     assert_eq!(status["counts"]["fastPathConnections"], near.made().unwrap());
+}
+
+/// What a request costs that is not the first of its connection: nothing of ours runs for it, in the kernel or outside.
+#[test]
+fn only_the_first_bytes_of_a_connection_meet_a_program() {
+    const EXCHANGES: u64 = 1000;
+    let near = Near::new();
+    let _counting = enable_stats(Stats::RunTime).unwrap();
+    let before = near.runs().unwrap();
+    let mut stream = connect(&near.client, address(DB, PORT));
+    exchange(&mut stream).unwrap();
+    let made = near.runs().unwrap();
+    for _ in 0..EXCHANGES {
+        exchange(&mut stream).unwrap();
+    }
+    let done = near.runs().unwrap();
+    assert!(made > before, "connecting is counted: {before}, {made}");
+    // Retransmissions and changes of state have their program; a busy machine has a few of them.
+    assert!(
+        done - made < EXCHANGES / 10,
+        "{made}, then {done} for {EXCHANGES}"
+    );
 }
 
 #[test]
