@@ -1,11 +1,10 @@
 //! Giving back the memory that a peak left behind.
 //!
 //! The allocator keeps what was freed, page by page between what lives on, for whoever asks next; after loading
-//! programs, reading many files or ten thousand connections nobody does. The same goes for the program itself: most of what
-//! the start ran and read of it is not needed again. Invariant: this happens only where it is worth it, and not again and
-//! again: pages that are given back must be made again, and a thread that allocates meanwhile waits for a moment.
+//! programs, reading many files or ten thousand connections nobody does. Invariant: this happens only where it is worth
+//! it, and not again and again: pages that are given back must be made again, and a thread that allocates meanwhile
+//! waits for a moment.
 
-use std::ffi::{c_int, c_void};
 use std::fs;
 use std::time::Duration;
 
@@ -22,11 +21,11 @@ const WORTH: usize = 4 << 20;
 
 /// What the allocator may keep for itself at the end of each of its areas, and the size from which a piece of memory has
 /// an area of its own. Left alone it raises both with what it sees freed, to 32 MiB and more.
-const SLACK: c_int = 1 << 20;
+const SLACK: libc::c_int = 1 << 20;
 
 /// The same while buffers come and go faster than that: a server's end of eight busy flows spent a sixth of its time on
 /// making pages that it had just given back.
-const BUSY_SLACK: c_int = 32 << 20;
+const BUSY_SLACK: libc::c_int = 32 << 20;
 /// Pages made for the data path in [`LOOK_EVERY`] from which it is so, and how many looks long it is taken to stay so.
 const BUSY_FAULTS: u64 = 10_000;
 const BUSY_LOOKS: u32 = 12;
@@ -43,7 +42,6 @@ pub fn bound_slack() {
 pub async fn keep_small(lanes: Lanes) {
     tokio::time::sleep(STARTED).await;
     give_back(&lanes).await;
-    unmap_program();
     let mut every = tokio::time::interval(LOOK_EVERY);
     every.tick().await;
     // What cannot be given back: pages that are used in part.
@@ -77,47 +75,12 @@ async fn give_back(lanes: &Lanes) {
     trim();
 }
 
-/// Unmaps the program's and its libraries' code and constants. What is used again is mapped again, from the page cache, which
-/// keeps it until the kernel has better use for the memory; while it is mapped that is hardly ever.
-///
-/// Breakpoints that a debugger or a uprobe has set by then are lost.
-fn unmap_program() {
-    // SAFETY: the callback keeps to what it is given, and nothing unloads a library meanwhile: the loader's lock is held.
-    unsafe { libc::dl_iterate_phdr(Some(unmap_object), std::ptr::null_mut()) };
-}
-
-/// Unmaps what is as its file has it: segments that cannot be written to, and of them whole pages.
-extern "C" fn unmap_object(object: *mut libc::dl_phdr_info, _size: usize, _data: *mut c_void) -> c_int {
-    // SAFETY: the loader gives a description that lives as long as this call.
-    let object = unsafe { &*object };
-    // SAFETY: these are the program headers of the object, as many as it says.
-    let segments = unsafe { std::slice::from_raw_parts(object.dlpi_phdr, object.dlpi_phnum.into()) };
-    // SAFETY: it only asks.
-    let page = u64::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(1 << 16);
-    for segment in segments {
-        if segment.p_type != libc::PT_LOAD || segment.p_flags & libc::PF_W != 0 {
-            continue;
-        }
-        let start = object.dlpi_addr.wrapping_add(segment.p_vaddr);
-        let end = start.saturating_add(segment.p_memsz) / page * page;
-        let start = start.next_multiple_of(page);
-        if let Ok(start) = usize::try_from(start)
-            && let Ok(length @ 1..) = usize::try_from(end.saturating_sub(start as u64))
-        {
-            let start = std::ptr::without_provenance_mut(start);
-            // SAFETY: the pages are read-only and their file's: who uses one next gets the same bytes.
-            unsafe { libc::madvise(start, length, libc::MADV_DONTNEED) };
-        }
-    }
-    0
-}
-
 /// The end of a thread's area is given back only when that thread frees something large.
 fn free_own_end() {
     drop(std::hint::black_box(Vec::<u8>::with_capacity(LARGE)));
 }
 
-fn set(parameter: c_int, value: c_int) {
+fn set(parameter: libc::c_int, value: libc::c_int) {
     // SAFETY: it only sets a parameter, under the allocator's locks.
     if unsafe { libc::mallopt(parameter, value) } == 0 {
         tracing::debug!(parameter, "the allocator does not take its bounds");
@@ -138,13 +101,13 @@ async fn made_pages(lanes: &Lanes) -> u64 {
 
 /// Bytes that are in memory and that nobody uses.
 fn unused() -> usize {
-    resident("RssAnon:").unwrap_or(0).saturating_sub(in_use())
+    resident().unwrap_or(0).saturating_sub(in_use())
 }
 
-/// Resident bytes of this kind: `RssAnon:` are no file's, `RssFile:` are.
-fn resident(kind: &str) -> Option<usize> {
+/// Resident bytes that are no file's.
+fn resident() -> Option<usize> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix(kind))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"))?;
     let kilobytes: usize = line.split_whitespace().next()?.parse().ok()?;
     kilobytes.checked_mul(1024)
 }
@@ -185,26 +148,13 @@ mod tests {
                     std::hint::black_box(&buffers).len()
                 });
                 peak.await.unwrap();
-                let before = resident("RssAnon:").unwrap();
+                let before = resident().unwrap();
                 give_back(&lanes).await;
-                before.saturating_sub(resident("RssAnon:").unwrap()) > 8 << 20
+                before.saturating_sub(resident().unwrap()) > 8 << 20
             })
         };
         // The figure is the whole process's, and other tests come and go meanwhile.
         assert!((0..10).any(gives_back));
-    }
-
-    #[test]
-    fn the_program_is_unmapped_and_goes_on() {
-        let unmaps = |_| {
-            let before = resident("RssFile:").unwrap();
-            unmap_program();
-            let after = resident("RssFile:").unwrap();
-            // What this test itself needs is mapped again by now.
-            after < before / 2
-        };
-        // Other tests use the same program meanwhile.
-        assert!((0..10).any(unmaps));
     }
 
     fn gives_a_peak_back() -> bool {
@@ -214,9 +164,9 @@ mod tests {
         let full = in_use();
         pieces.iter_mut().step_by(2).for_each(|piece| *piece = None);
         let freed = full.saturating_sub(in_use());
-        let before = resident("RssAnon:").unwrap();
+        let before = resident().unwrap();
         trim();
-        let given = before.saturating_sub(resident("RssAnon:").unwrap());
+        let given = before.saturating_sub(resident().unwrap());
         assert!(pieces.iter().flatten().all(|piece| piece[..] == [1; 8 * 1024]));
         freed > 16 << 20 && given > 8 << 20
     }
