@@ -40,12 +40,13 @@ pub fn bound_slack() {
 
 /// Gives back for as long as it is polled.
 pub async fn keep_small(lanes: Lanes) {
+    // Always worth it: nothing needs it again.
     tokio::time::sleep(STARTED).await;
     give_back(&lanes).await;
     let mut every = tokio::time::interval(LOOK_EVERY);
     every.tick().await;
     // What cannot be given back: pages that are used in part.
-    let mut kept = 0;
+    let mut kept = unused();
     let (mut faults, mut busy) = (made_pages(&lanes).await, 0_u32);
     loop {
         let unused = unused();

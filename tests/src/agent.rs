@@ -180,14 +180,13 @@ impl Agent {
     }
 }
 
-/// An address of the loopback that nobody takes before the agent does: one that was looked for and found free can be another
-/// connection's by then, since the kernel gives connections over the loopback ports of 127.0.0.1.
+/// A loopback address of this process' own. One that was looked for and found free can be another connection's by
+/// the time the agent listens: the kernel gives connections over the loopback ports of 127.0.0.1.
 fn own_address() -> SocketAddr {
-    static NEXT: AtomicU16 = AtomicU16::new(15_000);
-    let [.., high, low] = process::id().to_be_bytes();
-    (
-        Ipv4Addr::new(127, high, low, 1),
-        NEXT.fetch_add(1, Ordering::Relaxed),
-    )
-        .into()
+    // Away from the ports that an agent of this machine, or another mesh's, would have on all addresses.
+    static NEXT: AtomicU16 = AtomicU16::new(20_000);
+    // A process' number has 22 bits at the most.
+    let [_, a, b, c] = process::id().to_be_bytes();
+    let port = NEXT.fetch_add(1, Ordering::Relaxed);
+    (Ipv4Addr::new(127, a, b, c), port).into()
 }

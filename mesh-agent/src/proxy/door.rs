@@ -48,9 +48,10 @@ impl Door {
             return Box::pin(self.byte_stream(Box::new(request), respond));
         }
         let message = received(request);
-        Box::pin(mesh_serve::answer(respond, async move || {
-            self.request(message).await
-        }))
+        // It holds `self`, and so the connection's life, until the body is sent too.
+        Box::pin(async move {
+            mesh_serve::answer(respond, async || self.request(message).await).await;
+        })
     }
 
     /// A native request.
@@ -71,23 +72,25 @@ impl Door {
 
     /// An HBONE stream.
     async fn byte_stream(self: Arc<Self>, request: Box<Request<RecvStream>>, respond: SendResponse<Bytes>) {
-        // Boxed: no room for it is held once it is open.
-        let Some((life, carrying)) = Box::pin(self.opened(request, respond)).await else {
+        // Both boxed: no room for the one is held in the other.
+        let Some((pipeline, client, app)) = Box::pin(self.accept(request, respond)).await else {
             return;
         };
+        let life = Arc::clone(&pipeline.caller.life);
+        let carrying = Box::pin(pipeline.stream(Prefixed::new(client), app));
         tokio::select! {
             () = carrying => {}
             () = life.cut() => {}
         }
     }
 
-    /// Opens a stream and answers: what is left is to carry it. The answer waits for the application where its
-    /// protocol is not HTTP, so that the other agent learns of a failure while it can still go elsewhere.
-    async fn opened(
+    /// Answers that a stream is open. The answer waits for the application where its protocol is not HTTP, so that the
+    /// other agent learns of a failure while it can still go elsewhere.
+    async fn accept(
         &self,
         request: Box<Request<RecvStream>>,
         mut respond: SendResponse<Bytes>,
-    ) -> Option<(Arc<Life>, Pin<Box<impl Future<Output = ()> + use<>>>)> {
+    ) -> Option<(Arc<Pipeline>, Stream, Option<Stream>)> {
         let opened = {
             let opening = pin!(self.open(&request));
             mesh_serve::unless_reset(&mut respond, opening).await?
@@ -101,10 +104,8 @@ impl Door {
             }
         };
         let send = respond.send_response(Response::new(()), false).ok()?;
-        let stream = Stream::tunnel(Duplex::new(send, request.into_body()), None);
-        let life = Arc::clone(&pipeline.caller.life);
-        let carrying = Arc::new(pipeline).stream(Prefixed::new(stream), app);
-        Some((life, Box::pin(carrying)))
+        let client = Stream::tunnel(Duplex::new(send, request.into_body()), None);
+        Some((Arc::new(pipeline), client, app))
     }
 
     /// Where an HBONE stream goes, and the application's side of it where that is opened first.
@@ -116,7 +117,7 @@ impl Door {
         let to = self.own(to.ok_or_else(|| Error::new(Kind::BadRequest, "CONNECT needs ip:port"))?)?;
         let mut caller = self.caller(request.headers());
         admit(&self.proxy, &self.local, &caller, to.port())?;
-        let app = match self.proxy.store.load().target_protocol(to) {
+        let app = match self.proxy.store.glance().target_protocol(to) {
             Protocol::Http1 | Protocol::Http2 | Protocol::Grpc => None,
             Protocol::Detect | Protocol::Tls | Protocol::Tcp => {
                 Some(connect_app(&self.local, to, caller.client).await?)
@@ -195,4 +196,16 @@ fn received(request: Request<RecvStream>) -> Box<Message> {
 
 fn port(headers: &HeaderMap, name: &HeaderName) -> Option<u16> {
     headers.get(name)?.to_str().ok()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::room;
+    use super::*;
+
+    /// What an idle connection holds, together with its sockets, is to stay below 8 KB.
+    #[test]
+    fn who_waits_holds_little() {
+        assert!(room::of_three(Door::byte_stream) < 700);
+    }
 }

@@ -207,3 +207,15 @@ impl Proxy {
         self.retries.withdraw(self.started.elapsed())
     }
 }
+
+/// How much room the future of a function's call takes, in bytes: as much as its largest state, for as long as it lives.
+#[cfg(test)]
+mod room {
+    pub(super) fn of_two<A, B, F>(_: fn(A, B) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    pub(super) fn of_three<A, B, C, F>(_: fn(A, B, C) -> F) -> usize {
+        size_of::<F>()
+    }
+}

@@ -139,9 +139,9 @@ pub(crate) fn agent(world: &mut World, node: usize) -> Result<Pid> {
 /// Bytes, once they hardly change any more.
 fn settled(pid: Pid) -> Result<f64> {
     const EVERY: Duration = Duration::from_millis(250);
-    // Longer than an agent takes to give back what its start needed.
-    const STILL: usize = 10;
-    const MOST: usize = 60;
+    // Six seconds: an agent gives back what its start needed after two, and looks for more every five (`memory`).
+    const STILL: usize = 24;
+    const MOST: usize = 120;
     let (mut last, mut still) = (0.0, 0);
     for _ in 0..MOST {
         let now = cpu::rss(pid)? as f64;
