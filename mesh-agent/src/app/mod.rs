@@ -23,7 +23,7 @@ use crate::config::{AccessLogFormat, AgentConfig};
 use crate::discovery::FileSource;
 use crate::doctor;
 use crate::drain::{self, DrainTrigger};
-use crate::ebpf::{Capture, CaptureError, CaptureOptions, Claim};
+use crate::ebpf::{Capture, CaptureOptions, Claim};
 use crate::identity::Identities;
 use crate::lanes::Lanes;
 use crate::memory;
@@ -46,16 +46,16 @@ const WORKLOADS: &str = "workloads";
 
 /// Runs the agent until it is told to stop. Call it on the control runtime; the data path has `lanes`.
 pub async fn run(config: AgentConfig, log: LogHandle, lanes: Lanes) -> anyhow::Result<()> {
-    check_node(&config)?;
-    bound_process(lanes.clone());
+    prepare(&config, lanes.clone())?;
+    let listening = listen(&config).await?;
+    let _claim = Claim::on(&config.bpffs).context("cannot capture traffic")?;
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
     let identities = Identities::open_embedded(&config.ca_directory, &config.trust_domain)
         .context("cannot open the certificate authority")?;
     let files = FileSource::open(&config);
     let store = Store::new(files.snapshot().clone());
-    let listening = listen(&config).await?;
-    let (_claim, capture) = capture(&config).context("cannot capture traffic")?;
+    let capture = Capture::start(&CaptureOptions::new(&config.bpffs)).context("cannot capture traffic")?;
     let access_log = access_log(config.access_log)?;
     let (trigger, drain) = drain::new();
     let (layer, without_kernel) = record_layer(&config);
@@ -116,17 +116,16 @@ pub async fn run(config: AgentConfig, log: LogHandle, lanes: Lanes) -> anyhow::R
     Ok(())
 }
 
-/// Before anything is made: refuses where capture is impossible, and warns of what is in its way.
-fn check_node(config: &AgentConfig) -> anyhow::Result<()> {
+/// Before anything is made: refuses where capture is impossible, warns of what is in its way, and bounds what the
+/// process may take and keep.
+fn prepare(config: &AgentConfig, lanes: Lanes) -> anyhow::Result<()> {
     for warning in doctor::before_start(config)? {
         tracing::warn!("{warning}");
     }
+    memory::bound_slack();
+    tokio::spawn(memory::keep_small(lanes));
+    raise_descriptor_limit();
     Ok(())
-}
-
-fn capture(config: &AgentConfig) -> Result<(Claim, Capture), CaptureError> {
-    let claim = Claim::on(&config.bpffs)?;
-    Ok((claim, Capture::start(&CaptureOptions::new(&config.bpffs))?))
 }
 
 /// Who encrypts what goes between agents, and why it is not the kernel although it was asked to.
@@ -139,7 +138,7 @@ fn record_layer(config: &AgentConfig) -> (RecordLayer, Option<Unsupported>) {
     }
 }
 
-/// Opens the pages' sockets, before anything that outlives the agent is made.
+/// Opens the pages' sockets, before anything that outlives the agent is made: an address in use ends it.
 async fn listen(config: &AgentConfig) -> anyhow::Result<Vec<(TcpListener, Scope)>> {
     let mut listening = Vec::new();
     for (field, address, scope) in [
@@ -177,13 +176,6 @@ fn keep_alive(lanes: &Lanes, capture: Capture, pulse: Pulse) {
     lanes
         .next()
         .spawn(async move { capture.keep_alive(|| pulse.hung().is_none()).await });
-}
-
-/// What the process may take, and what it may keep.
-fn bound_process(lanes: Lanes) {
-    memory::bound_slack();
-    tokio::spawn(memory::keep_small(lanes));
-    raise_descriptor_limit();
 }
 
 /// A connection takes several descriptors, and the soft limit is for programs that use select(2).

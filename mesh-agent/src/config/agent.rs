@@ -220,6 +220,7 @@ impl AgentConfig {
 
     fn check(raw: RawConfig, file: &Path, node_name: Option<&str>, issues: &mut Issues) -> Self {
         let base = file.parent().unwrap_or_else(|| Path::new(""));
+        let whole = |path: &Path| absolute(base.join(path));
         let node = raw
             .node
             .or_else(|| node_name.filter(|name| !name.is_empty()).map(str::to_owned))
@@ -249,11 +250,7 @@ impl AgentConfig {
             );
             None
         });
-        let drain = match &raw.drain.deadline {
-            Value::String(text) => duration(text),
-            other => Err(format!("`{other}` has no unit; write as in 30s")),
-        };
-        let drain = drain.unwrap_or_else(|message| {
+        let drain = deadline(&raw.drain.deadline).unwrap_or_else(|message| {
             issues.error("drain.deadline", message);
             Duration::ZERO
         });
@@ -266,16 +263,22 @@ impl AgentConfig {
         };
         let admin = address("admin.address", raw.admin, ADMIN);
         let metrics = address("metrics.address", raw.metrics, METRICS);
+        if admin == metrics && admin.port() != 0 {
+            issues.error(
+                "metrics.address",
+                format!("{metrics} is the admin.address already"),
+            );
+        }
         Self {
             node,
             trust_domain: raw.trust_domain,
             cluster_domain: raw.cluster_domain,
-            files: raw.resources.files.iter().map(|file| base.join(file)).collect(),
-            ca_directory: base.join(raw.identity.ca.directory),
+            files: raw.resources.files.iter().map(|file| whole(file)).collect(),
+            ca_directory: whole(&raw.identity.ca.directory),
             admin,
             metrics,
-            state_dir: base.join(raw.state_dir),
-            bpffs: base.join(raw.bpffs),
+            state_dir: whole(&raw.state_dir),
+            bpffs: whole(&raw.bpffs),
             threads,
             kernel_tls: raw.kernel_tls,
             access_log: raw.access_log.format,
@@ -304,6 +307,18 @@ fn raw(text: &str) -> Result<RawConfig, Issue> {
 }
 
 /// Kubernetes names nodes in lower case, whatever the machine thinks.
+/// One spelling, however the file that names it was named: events of files and the last run's state are told by path.
+fn absolute(path: PathBuf) -> PathBuf {
+    std::path::absolute(&path).unwrap_or(path)
+}
+
+fn deadline(value: &Value) -> Result<Duration, String> {
+    match value {
+        Value::String(text) => duration(text),
+        other => Err(format!("`{other}` has no unit; write as in 30s")),
+    }
+}
+
 fn hostname() -> String {
     let name = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     name.trim().to_ascii_lowercase()
@@ -332,6 +347,17 @@ mod tests {
         assert_eq!(config.drain, Duration::from_secs(30));
         let named = AgentConfig::parse("", Path::new("agent.yaml"), None).unwrap();
         assert!(is_dns_subdomain(&named.node), "{}", named.node);
+    }
+
+    #[test]
+    fn a_path_has_one_spelling() {
+        let here = std::env::current_dir().unwrap();
+        for file in ["agent.yaml", "./agent.yaml"] {
+            let config = AgentConfig::parse("stateDir: ./state", Path::new(file), Some("node-a")).unwrap();
+            // As texts: paths are equal also where one says `.` more.
+            assert_eq!(config.files[0].as_os_str(), here.join("resources").as_os_str());
+            assert_eq!(config.state_dir.as_os_str(), here.join("state").as_os_str());
+        }
     }
 
     #[test]
@@ -384,6 +410,10 @@ drain: {deadline: 1m}
             (
                 "admin: {address: localhost}",
                 "admin.address: `localhost` is not IP:PORT; write as in 127.0.0.1:15000",
+            ),
+            (
+                "{admin: {address: '127.0.0.1:1'}, metrics: {address: '127.0.0.1:1'}}",
+                "metrics.address: 127.0.0.1:1 is the admin.address already",
             ),
             (
                 "accessLog: {format: xml}",
