@@ -306,7 +306,6 @@ fn raw(text: &str) -> Result<RawConfig, Issue> {
     typed(value, "")
 }
 
-/// Kubernetes names nodes in lower case, whatever the machine thinks.
 /// One spelling, however the file that names it was named: events of files and the last run's state are told by path.
 fn absolute(path: PathBuf) -> PathBuf {
     std::path::absolute(&path).unwrap_or(path)
@@ -319,6 +318,7 @@ fn deadline(value: &Value) -> Result<Duration, String> {
     }
 }
 
+/// Kubernetes names nodes in lower case, whatever the machine thinks.
 fn hostname() -> String {
     let name = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     name.trim().to_ascii_lowercase()
