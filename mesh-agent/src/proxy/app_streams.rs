@@ -7,13 +7,13 @@
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use bytes::Bytes;
+use h2::client;
 use http::Response;
-use hyper::client::conn::http2;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 use tokio::time::{Instant, timeout};
 
@@ -23,6 +23,7 @@ use super::failure;
 use super::message::Message;
 use super::serve::MAX_HEAD;
 use super::stream::Stream;
+use super::stream_body;
 
 /// Streams on one connection before another is opened, where the server allows as many (most allow 100 to 250).
 const STREAMS_PER_CONNECTION: usize = 100;
@@ -34,6 +35,8 @@ const SETTINGS_WAIT: Duration = Duration::from_millis(200);
 /// reader does not hold up the others.
 const STREAM_WINDOW: u32 = 1 << 20;
 const CONNECTION_WINDOW: u32 = 4 << 20;
+/// As between agents: what small frames that wait for their readers may cost beyond their bytes.
+const FRAME_BUDGET: usize = 8 * CONNECTION_WINDOW as usize;
 
 /// The connections for one key.
 #[derive(Debug, Default)]
@@ -49,9 +52,9 @@ pub(super) struct Gate {
     failures: AtomicU64,
 }
 
-#[derive(Debug)]
 struct Connection {
-    sender: http2::SendRequest<Body>,
+    sender: client::SendRequest<Bytes>,
+    closed: Arc<AtomicBool>,
     streams: AtomicUsize,
     /// What the server takes; 0 until it has said so.
     limit: Arc<AtomicUsize>,
@@ -68,8 +71,7 @@ impl Shared {
 
     /// A place on a connection that has room.
     pub(super) fn place(&mut self) -> Option<Place> {
-        self.connections
-            .retain(|(connection, _)| !connection.sender.is_closed());
+        self.connections.retain(|(connection, _)| !connection.is_closed());
         let with_room = self.connections.iter_mut().find(|(c, _)| c.has_room());
         with_room.map(|(connection, used)| Place::on(connection, used))
     }
@@ -95,7 +97,7 @@ impl Shared {
     pub(super) fn sweep(&mut self, now: Instant, idle: Duration) -> bool {
         self.connections.retain(|(connection, used)| {
             let in_use = connection.streams.load(Ordering::Relaxed) > 0 || now.duration_since(*used) < idle;
-            !connection.sender.is_closed() && in_use
+            !connection.is_closed() && in_use
         });
         !self.connections.is_empty() || Arc::strong_count(&self.gate) > 1
     }
@@ -120,7 +122,21 @@ impl Gate {
     }
 }
 
+impl std::fmt::Debug for Connection {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Connection")
+            .field("closed", &self.closed)
+            .field("streams", &self.streams)
+            .field("limit", &self.limit)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Connection {
+    fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Relaxed)
+    }
+
     fn has_room(&self) -> bool {
         self.streams.load(Ordering::Relaxed) < self.limit.load(Ordering::Relaxed)
     }
@@ -138,17 +154,20 @@ impl Place {
         connect: impl AsyncFnOnce() -> Result<Stream, Error>,
         gate: OwnedMutexGuard<()>,
     ) -> Result<Self, Error> {
-        let (sender, connection) = http2::Builder::new(TokioExecutor::new())
-            .timer(TokioTimer::new())
+        let (sender, connection) = client::Builder::new()
+            .enable_push(false)
             .initial_max_send_streams(0)
-            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
+            .data_frame_budget(FRAME_BUDGET)
             .max_header_list_size(MAX_HEAD)
-            .handshake(TokioIo::new(connect().await?))
+            .handshake(connect().await?)
             .await
             .map_err(|cause| Error::new(Kind::Connect, cause))?;
         let limit = Arc::new(AtomicUsize::new(0));
         let said = Arc::clone(&limit);
+        let closed = Arc::new(AtomicBool::new(false));
+        let ending = Arc::clone(&closed);
         tokio::spawn(async move {
             let mut connection = pin!(connection);
             let mut ended = false;
@@ -162,9 +181,11 @@ impl Place {
             if !ended {
                 poll_fn(|cx| poll(connection.as_mut(), cx, &said)).await;
             }
+            ending.store(true, Ordering::Relaxed);
         });
         Ok(Self(Arc::new(Connection {
             sender,
+            closed,
             streams: AtomicUsize::new(1),
             limit,
         })))
@@ -176,15 +197,14 @@ impl Place {
         message: Box<Message>,
     ) -> Result<Response<Body>, (Error, Option<Box<Message>>)> {
         let mut sender = self.0.sender.clone();
-        let http2 = message.http2;
-        match sender.try_send_request(message.into_request()).await {
-            Ok(response) => Ok(response.map(|body| Body::incoming(body).holding(Held::Place(self)))),
-            Err(mut failed) => {
-                let unsent = failed.take_message();
-                let unsent = unsent.map(|request| Message::from_request(request, http2));
-                Err((failure::of_http(failed.into_error()), unsent))
-            }
+        if let Err(error) = poll_fn(|cx| sender.poll_ready(cx)).await {
+            // It has ended, or its server takes no more streams: nobody is to be sent here again.
+            self.0.closed.store(true, Ordering::Relaxed);
+            return Err((failure::of_h2(error), Some(message)));
         }
+        let answered = stream_body::exchange(sender, message, None).await;
+        let (response, sending) = answered.map_err(|error| (error, None))?;
+        Ok(response.map(|body| body.holding(Held::Place(self, sending))))
     }
 }
 
@@ -196,12 +216,12 @@ impl Drop for Place {
 
 /// Drives a connection. Whoever sent a request gets the error; there is nobody else to tell.
 fn poll(
-    mut connection: Pin<&mut http2::Connection<TokioIo<Stream>, Body, TokioExecutor>>,
+    mut connection: Pin<&mut client::Connection<Stream, Bytes>>,
     cx: &mut Context<'_>,
     said: &AtomicUsize,
 ) -> Poll<()> {
     let ended = connection.as_mut().poll(cx);
-    let takes = connection.current_max_send_streams();
+    let takes = connection.max_concurrent_send_streams();
     said.store(takes.min(STREAMS_PER_CONNECTION), Ordering::Relaxed);
     ended.map(drop)
 }

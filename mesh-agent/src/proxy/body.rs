@@ -18,10 +18,10 @@ use tokio::time::Instant;
 use super::app_pool::Lease;
 use super::app_streams::Place;
 use super::context::Local;
-use super::mesh_connection::{Sending, StreamLease};
-use super::mesh_stream::Receiving;
+use super::mesh_connection::StreamLease;
 use super::record::{Exchange, Tail};
 use super::replay::Replay;
+use super::stream_body::{Receiving, Sending};
 
 pub(super) type BodyError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -39,7 +39,7 @@ enum Source {
     Empty,
     Full(Bytes),
     Incoming(Incoming),
-    /// From another agent.
+    /// From another agent, or an application that speaks HTTP/2.
     Receiving(Box<Receiving>),
     Replay(Replay),
     /// A response that the inbound pipeline of the same agent gave.
@@ -150,8 +150,11 @@ pub(super) enum Held {
     Nothing,
     /// A connection to an application, given back at a clean end.
     App(Box<Lease>),
-    /// A stream's place on a connection to an application.
-    Place(#[expect(dead_code, reason = "held for its Drop")] Place),
+    /// A stream's place on a connection to an application, and the sending of its request.
+    Place(
+        #[expect(dead_code, reason = "held for its Drop")] Place,
+        #[expect(dead_code, reason = "held for its Drop")] Option<Sending>,
+    ),
     /// A stream's place on a pooled mTLS connection, and the sending of its request.
     Mesh(
         StreamLease,

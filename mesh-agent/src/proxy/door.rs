@@ -19,9 +19,10 @@ use super::detect::Prefixed;
 use super::error::{Error, Kind};
 use super::inbound::{Caller, Pipeline, admit, connect_app};
 use super::inbound_http::Measured;
-use super::mesh_stream::{Duplex, Receiving};
+use super::mesh_stream::Duplex;
 use super::message::Message;
 use super::stream::Stream;
+use super::stream_body::Receiving;
 use super::{Proxy, headers, inbound_http, mesh_serve, reply};
 use crate::model::Protocol;
 

@@ -3,21 +3,17 @@
 //! Invariants: it is made for one [`PeerKey`], and the certificate presented must be the identity in it; streams are
 //! counted when they are opened.
 
-use std::future::{Future as _, poll_fn};
+use std::future::poll_fn;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Waker};
 use std::time::Duration;
 
 use bytes::Bytes;
 use h2::client::{self, SendRequest};
-use h2::{Reason, SendStream};
 use hashbrown::Equivalent;
 use http::{Request, Response};
-use http_body::Body as _;
-use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::body::{Body, Held};
@@ -25,11 +21,11 @@ use super::context::Local;
 use super::error::{Error, Kind};
 use super::failure;
 use super::mesh_stream::{
-    self, CONNECTION_WINDOW, Duplex, FIELD_TABLE, FRAME_BUDGET, MAX_FRAME, Receiving, STREAM_WINDOW,
+    self, CONNECTION_WINDOW, Duplex, FIELD_TABLE, FRAME_BUDGET, MAX_FRAME, STREAM_WINDOW,
 };
 use super::message::Message;
 use super::serve::MAX_HEAD;
-use super::{HBONE_PORT, TlsParts};
+use super::{HBONE_PORT, TlsParts, stream_body};
 use crate::model::Identity;
 use crate::sock;
 use crate::tls::{self, Transport};
@@ -263,24 +259,14 @@ impl StreamLease {
         self,
         message: Box<Message>,
     ) -> Result<Response<Body>, (Error, Option<Box<Message>>)> {
-        let mut sender = match self.ready().await {
+        let sender = match self.ready().await {
             Ok(sender) => sender,
             Err(error) => return Err((error, Some(message))),
         };
-        let Message { parts, body, .. } = *message;
-        let head = Request::from_parts(parts, ());
-        let ended = body.is_end_stream();
-        let sent = sender.send_request(head, ended);
-        let (response, stream) = sent.map_err(|error| (failure::of_h2(error), None))?;
-        let load = || Load::new(Arc::clone(self.connection()));
-        let sending = (!ended).then(|| Sending::start(body, stream, load())).flatten();
-        let response = response.await.map_err(|error| (failure::of_h2(error), None))?;
-        let (head, stream) = response.into_parts();
-        let body = Body::receiving(Receiving::new(&head.headers, stream));
-        Ok(Response::from_parts(
-            head,
-            body.holding(Held::Mesh(self, sending)),
-        ))
+        let load = Load::new(Arc::clone(self.connection()));
+        let answered = stream_body::exchange(sender, message, Some(load)).await;
+        let (response, sending) = answered.map_err(|error| (error, None))?;
+        Ok(response.map(|body| body.holding(Held::Mesh(self, sending))))
     }
 
     /// Opens a byte stream with a `CONNECT` request.
@@ -301,26 +287,6 @@ impl StreamLease {
                 Err(failure::of_h2(error))
             }
         }
-    }
-}
-
-/// A request's body on its way; dropping it gives the stream up.
-#[derive(Debug)]
-pub(super) struct Sending(JoinHandle<()>);
-
-impl Sending {
-    /// `None` when all could be sent at once.
-    fn start(body: Body, stream: SendStream<Bytes>, load: Load) -> Option<Self> {
-        let mut sending = Box::pin(mesh_stream::send(body, stream, Reason::CANCEL, Some(load)));
-        // A task of its own only for what has to wait; its first poll there asks to be woken.
-        let first = sending.as_mut().poll(&mut Context::from_waker(Waker::noop()));
-        first.is_pending().then(|| Self(tokio::spawn(sending)))
-    }
-}
-
-impl Drop for Sending {
-    fn drop(&mut self) {
-        self.0.abort();
     }
 }
 

@@ -8,8 +8,8 @@ use std::pin::{Pin, pin};
 use std::time::Duration;
 
 use bytes::Bytes;
+use h2::RecvStream;
 use h2::server::{self, SendResponse};
-use h2::{Reason, RecvStream};
 use http::{Request, Response};
 use http_body::Body as _;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -17,6 +17,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use super::body::Body;
 use super::mesh_stream::{self, CONNECTION_WINDOW, FIELD_TABLE, FRAME_BUDGET, MAX_FRAME, STREAM_WINDOW};
 use super::serve::{MAX_HEAD, MAX_OUR_RESETS, MAX_PENDING_RESETS, MAX_STREAMS, PING_ANSWER, PING_EVERY};
+use super::stream_body;
 use crate::drain::DrainWatcher;
 
 /// How long a peer may take from its TLS handshake to its HTTP/2 preface.
@@ -90,7 +91,7 @@ pub(super) async fn answer(
     };
     let ended = body.is_end_stream();
     match respond.send_response(answer, ended) {
-        Ok(stream) if !ended => mesh_stream::send(body, stream, Reason::INTERNAL_ERROR, None).await,
+        Ok(stream) if !ended => stream_body::answer(body, stream).await,
         Ok(_) => {}
         Err(error) => tracing::debug!(%error, "cannot answer an agent"),
     }

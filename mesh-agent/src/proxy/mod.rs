@@ -36,6 +36,7 @@ mod reply;
 mod serve;
 mod session;
 mod stream;
+mod stream_body;
 mod tcp;
 mod upgrade;
 mod upstream;
