@@ -1,7 +1,7 @@
 //! HTTP through two agents: all of it still is what the client and the server make of it.
 
 use std::fs;
-use std::io::{BufRead, Read, Write};
+use std::io::{BufRead, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr};
 use std::process::Command;
 use std::time::Duration;
@@ -287,11 +287,20 @@ fn hostile_requests_are_refused_and_harm_nobody() {
         "GET /a%00b HTTP/1.1\r\nhost: web\r\n\r\n",
         "POST / HTTP/1.1\r\nhost: web\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\nab",
         "GET / HTTP/1.1\r\nhost : web\r\n\r\n",
+        "CONNECT web:80 HTTP/1.1\r\nhost: web:80\r\n\r\n",
     ] {
         let stream = connect(&web.client, address(WEB_V4, 80));
         let (head, _) = raw(&stream, request);
         assert!(head[0].starts_with("http/1.1 400"), "{request:?}: {head:?}");
     }
+    // What HTTP/2 does not allow in trailers: nobody waits for the end of such a message.
+    let stream = connect(&web.client, address(WEB_V4, 80));
+    let request = "POST /echo HTTP/1.1\r\nhost: web\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n\
+                   1\r\na\r\n0\r\nkeep-alive: x\r\n\r\n";
+    let (_, mut reader) = raw(&stream, request);
+    let ended = reader.read_to_end(&mut Vec::new());
+    let hangs = ended.is_err_and(|error| error.kind() == ErrorKind::WouldBlock);
+    assert!(!hangs, "no end for ten seconds");
     let path = format!("http://{WEB_V4}/a/../b/%2e%2e/c");
     let response = web.client.curl(&["--path-as-is", &path]).unwrap();
     assert_eq!(seen(&response)["uri"], "/c");

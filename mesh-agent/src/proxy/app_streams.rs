@@ -1,20 +1,20 @@
 //! HTTP/2 connections to one application, shared by the requests of one client.
 //!
 //! Invariants: streams are counted from before their request is sent to the end of its response; a connection
-//! takes as many as its server allows, [`STREAMS_PER_CONNECTION`] at most, then another is opened; none is sent
-//! before the server has said how many it allows.
+//! takes as many as its server allows, [`STREAMS_PER_CONNECTION`] at most, then another is opened; nothing is handed
+//! to h2 before the server has said how many it allows, nor beyond that: what waits can still be given up or sent elsewhere.
 
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
 use h2::client;
 use http::Response;
-use tokio::sync::{Mutex, OwnedMutexGuard};
+use tokio::sync::{Mutex, OwnedMutexGuard, OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout};
 
 use super::body::{Body, Held};
@@ -35,8 +35,6 @@ const SETTINGS_WAIT: Duration = Duration::from_millis(200);
 /// reader does not hold up the others.
 const STREAM_WINDOW: u32 = 1 << 20;
 const CONNECTION_WINDOW: u32 = 4 << 20;
-/// As between agents: what small frames that wait for their readers may cost beyond their bytes.
-const FRAME_BUDGET: usize = 8 * CONNECTION_WINDOW as usize;
 
 /// The connections for one key.
 #[derive(Debug, Default)]
@@ -54,15 +52,28 @@ pub(super) struct Gate {
 
 struct Connection {
     sender: client::SendRequest<Bytes>,
-    closed: Arc<AtomicBool>,
+    /// Sent, or waiting for room.
     streams: AtomicUsize,
-    /// What the server takes; 0 until it has said so.
-    limit: Arc<AtomicUsize>,
+    room: Arc<Room>,
+}
+
+/// How many streams a server takes on a connection.
+#[derive(Debug)]
+struct Room {
+    /// 0 until it has said so.
+    limit: AtomicUsize,
+    /// Closed with the connection.
+    free: Arc<Semaphore>,
+    /// Of which there are so many, given out or not: the limit, or more where it has fallen.
+    made: AtomicUsize,
 }
 
 /// One stream's place on a connection.
 #[derive(Debug)]
-pub(super) struct Place(Arc<Connection>);
+pub(super) struct Place {
+    connection: Arc<Connection>,
+    sent: Option<OwnedSemaphorePermit>,
+}
 
 impl Shared {
     pub(super) fn gate(&self) -> Arc<Gate> {
@@ -90,7 +101,8 @@ impl Shared {
     }
 
     pub(super) fn keep(&mut self, place: &Place) {
-        self.connections.push((Arc::clone(&place.0), Instant::now()));
+        self.connections
+            .push((Arc::clone(&place.connection), Instant::now()));
     }
 
     /// Closes what was not used for `idle`; false when nothing is left and nobody is making more.
@@ -125,20 +137,46 @@ impl Gate {
 impl std::fmt::Debug for Connection {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Connection")
-            .field("closed", &self.closed)
             .field("streams", &self.streams)
-            .field("limit", &self.limit)
+            .field("room", &self.room)
             .finish_non_exhaustive()
     }
 }
 
 impl Connection {
     fn is_closed(&self) -> bool {
-        self.closed.load(Ordering::Relaxed)
+        self.room.free.is_closed()
     }
 
     fn has_room(&self) -> bool {
-        self.streams.load(Ordering::Relaxed) < self.limit.load(Ordering::Relaxed)
+        self.streams.load(Ordering::Relaxed) < self.room.limit.load(Ordering::Relaxed)
+    }
+}
+
+impl Room {
+    fn unknown() -> Arc<Self> {
+        Arc::new(Self {
+            limit: AtomicUsize::new(0),
+            free: Arc::new(Semaphore::new(0)),
+            made: AtomicUsize::new(0),
+        })
+    }
+
+    /// What the server says; only who drives the connection calls it.
+    fn set(&self, limit: usize) {
+        let made = self.made.load(Ordering::Relaxed);
+        if limit > made {
+            self.free.add_permits(limit - made);
+            self.made.store(limit, Ordering::Relaxed);
+        } else if limit < made {
+            let taken_back = self.free.forget_permits(made - limit);
+            self.made.store(made - taken_back, Ordering::Relaxed);
+        }
+        self.limit.store(limit, Ordering::Relaxed);
+    }
+
+    fn is_known(&self) -> bool {
+        self.limit.load(Ordering::Relaxed) > 0
     }
 }
 
@@ -146,7 +184,10 @@ impl Place {
     fn on(connection: &Arc<Connection>, used: &mut Instant) -> Self {
         *used = Instant::now();
         connection.streams.fetch_add(1, Ordering::Relaxed);
-        Self(Arc::clone(connection))
+        Self {
+            connection: Arc::clone(connection),
+            sent: None,
+        }
     }
 
     /// Opens a connection. Who waits at the gate is let in when the server has said what it takes.
@@ -159,21 +200,18 @@ impl Place {
             .initial_max_send_streams(0)
             .initial_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
-            .data_frame_budget(FRAME_BUDGET)
             .max_header_list_size(MAX_HEAD)
             .handshake(connect().await?)
             .await
             .map_err(|cause| Error::new(Kind::Connect, cause))?;
-        let limit = Arc::new(AtomicUsize::new(0));
-        let said = Arc::clone(&limit);
-        let closed = Arc::new(AtomicBool::new(false));
-        let ending = Arc::clone(&closed);
+        let room = Room::unknown();
+        let said = Arc::clone(&room);
         tokio::spawn(async move {
             let mut connection = pin!(connection);
             let mut ended = false;
             let saying = poll_fn(|cx| {
                 ended = poll(connection.as_mut(), cx, &said).is_ready();
-                let known = ended || said.load(Ordering::Relaxed) > 0;
+                let known = ended || said.is_known();
                 if known { Poll::Ready(()) } else { Poll::Pending }
             });
             let _ = timeout(SETTINGS_WAIT, saying).await;
@@ -181,36 +219,44 @@ impl Place {
             if !ended {
                 poll_fn(|cx| poll(connection.as_mut(), cx, &said)).await;
             }
-            ending.store(true, Ordering::Relaxed);
         });
-        Ok(Self(Arc::new(Connection {
-            sender,
-            closed,
-            streams: AtomicUsize::new(1),
-            limit,
-        })))
+        Ok(Self {
+            connection: Arc::new(Connection {
+                sender,
+                streams: AtomicUsize::new(1),
+                room,
+            }),
+            sent: None,
+        })
     }
 
-    /// Sends a request; gives it back when it was certainly not sent.
+    /// Sends a request, once the server takes one more; gives it back when it was certainly not sent.
     pub(super) async fn send(
-        self,
+        mut self,
         message: Box<Message>,
     ) -> Result<Response<Body>, (Error, Option<Box<Message>>)> {
-        let mut sender = self.0.sender.clone();
+        let room = &self.connection.room;
+        let permit = match Arc::clone(&room.free).acquire_owned().await {
+            Ok(permit) => permit,
+            Err(ended) => return Err((Error::new(Kind::RefusedStream, ended), Some(message))),
+        };
+        let mut sender = self.connection.sender.clone();
         if let Err(error) = poll_fn(|cx| sender.poll_ready(cx)).await {
-            // It has ended, or its server takes no more streams: nobody is to be sent here again.
-            self.0.closed.store(true, Ordering::Relaxed);
-            return Err((failure::of_h2(error), Some(message)));
+            // The server takes no more streams here: nobody is to be sent here again.
+            room.free.close();
+            return Err((Error::new(Kind::RefusedStream, error), Some(message)));
         }
-        let answered = stream_body::exchange(sender, message, None).await;
-        let (response, sending) = answered.map_err(|error| (error, None))?;
-        Ok(response.map(|body| body.holding(Held::Place(self, sending))))
+        self.sent = Some(permit);
+        let asked = stream_body::ask(sender, message, || None);
+        let (response, sending) = asked.map_err(|error| (error, None))?;
+        let response = response.await.map_err(|error| (failure::of_h2(error), None))?;
+        Ok(stream_body::answered(response, Held::Place(self, sending)))
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.0.streams.fetch_sub(1, Ordering::Relaxed);
+        self.connection.streams.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -218,10 +264,104 @@ impl Drop for Place {
 fn poll(
     mut connection: Pin<&mut client::Connection<Stream, Bytes>>,
     cx: &mut Context<'_>,
-    said: &AtomicUsize,
+    room: &Room,
 ) -> Poll<()> {
     let ended = connection.as_mut().poll(cx);
     let takes = connection.max_concurrent_send_streams();
-    said.store(takes.min(STREAMS_PER_CONNECTION), Ordering::Relaxed);
+    room.set(takes.min(STREAMS_PER_CONNECTION));
+    if ended.is_ready() {
+        room.free.close();
+    }
     ended.map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use http::Request;
+    use tokio::net::{TcpListener, TcpStream};
+    use tokio::sync::{Notify, mpsc};
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(10);
+
+    /// A connection to a server that takes one stream at a time, tells of each request, and ends when it is told to.
+    async fn one_at_a_time() -> (
+        Place,
+        mpsc::Receiver<h2::server::SendResponse<Bytes>>,
+        Arc<Notify>,
+    ) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let to = listener.local_addr().unwrap();
+        let (tell, told) = mpsc::channel(4);
+        let end = Arc::new(Notify::new());
+        let ending = Arc::clone(&end);
+        tokio::spawn(async move {
+            let (stream, _) = listener.accept().await.unwrap();
+            let mut server = h2::server::Builder::new();
+            let mut connection = server.max_concurrent_streams(1).handshake(stream).await.unwrap();
+            loop {
+                tokio::select! {
+                    accepted = connection.accept() => {
+                        let Some(Ok((_, respond))) = accepted else { return };
+                        tell.try_send(respond).unwrap();
+                    }
+                    () = ending.notified() => return,
+                }
+            }
+        });
+        let connect = async || Ok(Stream::Tcp(TcpStream::connect(to).await.unwrap()));
+        let place = Place::open(connect, Gate::default().enter().await).await;
+        (place.unwrap(), told, end)
+    }
+
+    fn request() -> Box<Message> {
+        let (parts, ()) = Request::get("http://a/").body(()).unwrap().into_parts();
+        Message::new(parts, Body::default(), true)
+    }
+
+    /// Another request on the connection, when it has begun to wait.
+    async fn waiting(
+        connection: &Arc<Connection>,
+    ) -> Pin<Box<impl Future<Output = Result<Response<Body>, (Error, Option<Box<Message>>)>> + use<>>> {
+        let mut sending = Box::pin(Place::on(connection, &mut Instant::now()).send(request()));
+        let waits = poll_fn(|cx| Poll::Ready(sending.as_mut().poll(cx).is_pending())).await;
+        assert!(waits);
+        sending
+    }
+
+    #[tokio::test]
+    async fn who_waits_for_room_and_gives_up_is_not_sent() {
+        let (first, mut told, _end) = one_at_a_time().await;
+        let connection = Arc::clone(&first.connection);
+        let first = tokio::spawn(first.send(request()));
+        let mut respond = timeout(LONG, told.recv()).await.unwrap().unwrap();
+        let given_up = waiting(&connection).await;
+        let patient = waiting(&connection).await;
+        drop(given_up);
+        let patient = tokio::spawn(patient);
+        respond.send_response(Response::new(()), true).unwrap();
+        drop(timeout(LONG, first).await.unwrap().unwrap().unwrap());
+        let mut respond = timeout(LONG, told.recv()).await.unwrap().unwrap();
+        respond.send_response(Response::new(()), true).unwrap();
+        drop(timeout(LONG, patient).await.unwrap().unwrap().unwrap());
+        assert!(told.try_recv().is_err(), "there were two requests");
+        assert_eq!(connection.streams.load(Ordering::Relaxed), 0);
+        assert!(connection.has_room());
+    }
+
+    #[tokio::test]
+    async fn who_waits_for_room_has_its_request_back_when_the_connection_ends() {
+        let (first, mut told, end) = one_at_a_time().await;
+        let connection = Arc::clone(&first.connection);
+        let first = tokio::spawn(first.send(request()));
+        let _respond = timeout(LONG, told.recv()).await.unwrap().unwrap();
+        let waiting = tokio::spawn(waiting(&connection).await);
+        end.notify_one();
+        let broken = timeout(LONG, first).await.unwrap().unwrap();
+        assert!(matches!(broken, Err((_, None))), "it was sent");
+        let (error, unsent) = timeout(LONG, waiting).await.unwrap().unwrap().unwrap_err();
+        assert_eq!((error.kind, unsent.is_some()), (Kind::RefusedStream, true));
+        assert!(connection.is_closed());
+    }
 }

@@ -1,4 +1,4 @@
-//! What a failed exchange means: by hyper's error here, by a response header between agents.
+//! What a failed exchange means: by the HTTP libraries' errors here, by a response header between agents.
 //!
 //! Invariant: the side that routes learns from the side that delivers what failed before an answer, so that it
 //! can decide about another try; an application cannot speak in an agent's name (the header is stripped).
@@ -35,11 +35,9 @@ pub(super) fn announced(headers: &HeaderMap) -> Option<Kind> {
     Some(known.map_or(Kind::Internal, |(kind, _)| *kind))
 }
 
-/// Why a request that was sent got no response.
+/// Why a request that was sent over HTTP/1.1 got no response.
 pub(super) fn of_http(error: hyper::Error) -> Error {
-    let kind = if let Some(h2) = find::<h2::Error>(&error) {
-        kind_of_h2(h2)
-    } else if error.is_user() {
+    let kind = if error.is_user() {
         // The request's body broke off: that is the client's doing.
         Kind::DownstreamReset
     } else if error.is_parse() {
@@ -50,7 +48,7 @@ pub(super) fn of_http(error: hyper::Error) -> Error {
     Error::new(kind, error)
 }
 
-/// The same between agents.
+/// The same over HTTP/2.
 pub(super) fn of_h2(error: h2::Error) -> Error {
     Error::new(kind_of_h2(&error), error)
 }
@@ -66,15 +64,4 @@ fn kind_of_h2(error: &h2::Error) -> Kind {
     } else {
         Kind::Reset
     }
-}
-
-fn find<'a, E: std::error::Error + 'static>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a E> {
-    let mut source = error.source();
-    while let Some(cause) = source {
-        if let Some(found) = cause.downcast_ref() {
-            return Some(found);
-        }
-        source = cause.source();
-    }
-    None
 }

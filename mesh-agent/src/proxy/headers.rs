@@ -45,6 +45,9 @@ const NEVER_HOP_BY_HOP: [HeaderName; 6] = [
 /// Makes an application's request fit to be passed on. `fallback` names the destination when the client
 /// (HTTP/1.0) did not.
 pub(super) fn from_application(parts: &mut request::Parts, fallback: SocketAddr) -> Result<(), Error> {
+    if parts.method == Method::CONNECT {
+        return Err(Error::new(Kind::BadRequest, "CONNECT is not for a service"));
+    }
     let trailers = wants_trailers(&parts.headers);
     strip_named(&mut parts.headers);
     // hyper answers `100-continue` itself when the body is first read, as Envoy does.

@@ -263,10 +263,11 @@ impl StreamLease {
             Ok(sender) => sender,
             Err(error) => return Err((error, Some(message))),
         };
-        let load = Load::new(Arc::clone(self.connection()));
-        let answered = stream_body::exchange(sender, message, Some(load)).await;
-        let (response, sending) = answered.map_err(|error| (error, None))?;
-        Ok(response.map(|body| body.holding(Held::Mesh(self, sending))))
+        let load = || Some(Load::new(Arc::clone(self.connection())));
+        let asked = stream_body::ask(sender, message, load);
+        let (response, sending) = asked.map_err(|error| (error, None))?;
+        let response = response.await.map_err(|error| (failure::of_h2(error), None))?;
+        Ok(stream_body::answered(response, Held::Mesh(self, sending)))
     }
 
     /// Opens a byte stream with a `CONNECT` request.

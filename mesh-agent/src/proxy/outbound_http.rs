@@ -57,9 +57,6 @@ async fn answer(outbound: Arc<Outbound>, mut parts: Box<request::Parts>, body: I
     let sent = async {
         fit?;
         inbound_http::canonical(&mut parts)?;
-        if parts.method == http::Method::CONNECT {
-            return Err(Error::new(Kind::BadRequest, "CONNECT is not for a service"));
-        }
         let plan = &*planned.insert(Plan::make(&outbound, &snapshot, &source, &mut parts)?);
         tried.service = plan.candidates.service;
         tried.rule = plan.rule;

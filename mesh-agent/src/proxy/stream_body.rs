@@ -10,41 +10,47 @@ use std::pin::Pin;
 use std::task::{Context, Poll, Waker, ready};
 
 use bytes::Bytes;
-use h2::client::SendRequest;
+use h2::client::{ResponseFuture, SendRequest};
 use h2::{Reason, RecvStream, SendStream};
 use http::header::{CONTENT_LENGTH, HeaderMap};
 use http::{Request, Response};
 use http_body::{Body as _, Frame, SizeHint};
 use tokio::task::JoinHandle;
 
-use super::body::{Body, BodyError};
+use super::body::{Body, BodyError, Held};
 use super::error::Error;
 use super::failure;
 use super::mesh_connection::Load;
 use super::message::Message;
 
-/// What a request's first frame may have at the most to be handed over before there is room for it. A frame of
-/// HTTP/2's default length: with a peer that grants no room each stream holds so much more.
+/// What a request's first frame may have at the most to be handed over before there is room for it: a frame of
+/// HTTP/2's default length. With a peer that grants no room each stream holds so much more, in the buffer that it was
+/// read into.
 const UNOPENED: usize = 16 * 1024;
 
-/// Sends a request, and waits for the head of its response. What is still to be sent of the request's body is sent
-/// as long as the second is kept.
-pub(super) async fn exchange(
+/// Sends a request's head, and of its body what is there. The rest is sent as long as the second is kept.
+pub(super) fn ask(
     mut sender: SendRequest<Bytes>,
     message: Box<Message>,
-    load: Option<Load>,
-) -> Result<(Response<Body>, Option<Sending>), Error> {
+    load: impl FnOnce() -> Option<Load>,
+) -> Result<(ResponseFuture, Option<Sending>), Error> {
     let Message { parts, body, .. } = *message;
     let head = Request::from_parts(parts, ());
     let ended = body.is_end_stream();
     let (response, stream) = sender.send_request(head, ended).map_err(failure::of_h2)?;
-    let sending = (!ended).then(|| Sending::start(body, stream, load)).flatten();
-    let (head, stream) = response.await.map_err(failure::of_h2)?.into_parts();
-    let body = Body::receiving(Receiving::new(&head.headers, stream));
-    Ok((Response::from_parts(head, body), sending))
+    let sending = (!ended).then(|| Sending::start(body, stream, load())).flatten();
+    Ok((response, sending))
 }
 
-/// A request's body on its way; dropping it gives the stream up.
+/// An answer, whose body keeps `held` until it ends.
+pub(super) fn answered(response: Response<RecvStream>, held: Held) -> Response<Body> {
+    let (head, stream) = response.into_parts();
+    let body = Body::receiving(Receiving::new(&head.headers, stream));
+    Response::from_parts(head, body.holding(held))
+}
+
+/// A request's body on its way. Dropping it ends that: the peer is told (RST_STREAM) once the response is dropped too, or
+/// has ended. So who answers early is not sent the rest, as with Envoy.
 #[derive(Debug)]
 pub(super) struct Sending(JoinHandle<()>);
 
@@ -179,7 +185,8 @@ async fn send(
                     if let Some(load) = &mut load {
                         load.add(data.len());
                     }
-                    let sent = if room == Room::Unopened && data.len() <= UNOPENED {
+                    let early = room == Room::Unopened && !data.is_empty() && data.len() <= UNOPENED;
+                    let sent = if early {
                         stream.send_data(data, last)
                     } else {
                         send_data(&mut stream, data, last).await
@@ -191,8 +198,10 @@ async fn send(
                 }
                 Err(frame) => match frame.into_trailers() {
                     Ok(trailers) => {
-                        // The peer may be gone, which is its business.
-                        let _ = stream.send_trailers(trailers);
+                        // The peer may be gone, which is its business; or they are not allowed, and it waits.
+                        if stream.send_trailers(trailers).is_err() {
+                            stream.send_reset(broken);
+                        }
                         return;
                     }
                     // No other kind of frame exists.
@@ -380,8 +389,8 @@ mod tests {
     async fn send_whole(sender: &SendRequest<Bytes>, length: usize) {
         let (parts, ()) = Request::post("http://a/").body(()).unwrap().into_parts();
         let message = Message::new(parts, Body::full(vec![b'x'; length]), true);
-        let (response, _sending) = exchange(sender.clone(), message, None).await.unwrap();
-        assert_eq!(response.headers()["length"], length.to_string());
+        let (response, _sending) = ask(sender.clone(), message, || None).unwrap();
+        assert_eq!(response.await.unwrap().headers()["length"], length.to_string());
     }
 
     #[tokio::test]
