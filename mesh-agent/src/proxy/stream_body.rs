@@ -145,8 +145,8 @@ impl Receiving {
 }
 
 /// Answers with all of `body`; one that breaks resets the stream.
-pub(super) async fn answer(body: Body, stream: SendStream<Bytes>) {
-    send(body, stream, Reason::INTERNAL_ERROR, Room::Asked, None).await;
+pub(super) fn answer(body: Body, stream: SendStream<Bytes>) -> impl Future<Output = ()> {
+    send(body, stream, Reason::INTERNAL_ERROR, Room::Asked, None)
 }
 
 /// How the first frame of a body gets its room.
