@@ -202,7 +202,7 @@ fn trailers_interim_answers_and_upgrades() {
     web.mesh.withdraw(&web.server).unwrap();
     let end = reader.read(&mut [0]);
     let kind = end.as_ref().err().map(std::io::Error::kind);
-    assert_eq!(kind, Some(std::io::ErrorKind::ConnectionReset), "{end:?}");
+    assert_eq!(kind, Some(ErrorKind::ConnectionReset), "{end:?}");
 }
 
 #[test]
