@@ -4,7 +4,7 @@ use core::mem::{align_of, offset_of, size_of};
 
 use crate::{
     DnsKey, FastBackend, FastKey, FastPath, Flow, FlowKey, ListenerKey, NetAddr, NetEndpoint, NetPort,
-    OwnSocket, Settings, SocketRecord, Traffic, TrafficKey, WorkloadEntry,
+    OwnSocket, Serves, Settings, SocketRecord, Traffic, TrafficKey, WorkloadEntry,
 };
 
 macro_rules! layout {
@@ -31,6 +31,7 @@ layout!(TrafficKey, size 40, align 8, client at 0, server at 8, destination at 1
 layout!(Traffic, size 32, align 8, opened at 0, closed at 8, received at 16, sent at 24);
 layout!(DnsKey, size 16, align 8, workload at 0, slot at 8, reserved at 12);
 layout!(ListenerKey, size 16, align 8, workload at 0, kind at 8, reserved at 12);
+layout!(Serves, size 16, align 8, workload at 0, host at 8);
 layout!(Settings, size 8, align 8, heartbeat at 0);
 layout!(WorkloadEntry, size 52, align 4, v4 at 0, v6 at 16, flags at 32, outbound_port at 36,
     inbound_port at 38, dns_v4_port at 40, dns_v6_ports at 42, reserved at 50);

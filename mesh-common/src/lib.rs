@@ -26,7 +26,7 @@ pub use counter::Counter;
 pub use fast::{FastBackend, FastKey, FastPath, MAX_FAST_BACKENDS, Traffic, TrafficKey, traffic_kind};
 pub use flow::{DnsKey, Flow, FlowKey, OwnSocket, SocketRecord, flow_kind, socket_kind};
 pub use workload::{
-    CGROUP_KEYS, ListenerKey, Settings, WorkloadEntry, WorkloadKey, listener_kind, workload_flags,
+    CGROUP_KEYS, ListenerKey, Serves, Settings, WorkloadEntry, WorkloadKey, listener_kind, workload_flags,
 };
 
 #[cfg(feature = "user")]
@@ -48,6 +48,7 @@ mod user {
         ListenerKey,
         NetEndpoint,
         OwnSocket,
+        Serves,
         Settings,
         Traffic,
         TrafficKey,

@@ -29,7 +29,11 @@ pub const COUNTERS: &str = "COUNTERS";
 /// 0 -> `Settings`.
 pub const SETTINGS: &str = "SETTINGS";
 
-/// Every map, in the order of the admin page.
+/// 0 -> `Serves`: the variables of a loaded copy of the programs, which all copies have for themselves. (Compilers call
+/// it so, and the loader makes a map of it.)
+pub const SERVES: &str = ".data";
+
+/// Every map that all copies share, in the order of the admin page.
 pub const ALL: [&str; 12] = [
     WORKLOADS,
     LISTENERS,

@@ -15,6 +15,22 @@ pub mod workload_flags {
     pub const HOLD: u32 = 1;
 }
 
+/// The one element of [`crate::maps::SERVES`]: whom a loaded copy of the programs serves.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Serves {
+    /// 0 at the cgroup root, where a socket's namespace names its workload.
+    pub workload: WorkloadKey,
+    /// The cookie of the host's namespace, for programs at a workload's cgroup: a container in there that has a
+    /// namespace of its own cannot reach the agent's listeners.
+    pub host: WorkloadKey,
+}
+
+impl Serves {
+    /// Nobody in particular.
+    pub const ALL: Self = Self { workload: 0, host: 0 };
+}
+
 /// An enrolled workload.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -9,7 +9,7 @@ use aya_ebpf::helpers::{
 use aya_ebpf::programs::SockOpsContext;
 use core::ffi::c_void;
 use mesh_common::maps::HEARTBEAT_LIMIT_NS;
-use mesh_common::{Counter, ListenerKey, WorkloadEntry, listener_kind, workload_flags};
+use mesh_common::{Counter, ListenerKey, Serves, WorkloadEntry, listener_kind, workload_flags};
 
 use crate::context::{Addr, Verdict};
 use crate::maps::{LISTENERS, OWN, SETTINGS, WORKLOADS, count};
@@ -28,15 +28,11 @@ static NETNS_IN_SOCKOPS: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 static TELLS_NETNS: Global<u32> = Global::new(0);
 
-/// The workload that this copy of the programs serves: of its own `sk_lookup` program, which may not ask for its
-/// namespace's cookie, and of the programs at its cgroup. 0 at the cgroup root, where the cookie names it.
+/// Whom this copy of the programs serves: one workload, if it is that one's own `sk_lookup` program, which may not ask for
+/// its namespace's cookie, or at that one's cgroup. Not a constant, or nothing of one copy could be used for the next.
 #[unsafe(no_mangle)]
-static WORKLOAD: Global<u64> = Global::new(0);
-
-/// The cookie of the host's namespace, for programs at a workload's cgroup: a container in there that has a
-/// namespace of its own cannot reach the agent's listeners.
-#[unsafe(no_mangle)]
-static HOST: Global<u64> = Global::new(0);
+#[unsafe(link_section = ".data")]
+static SERVES: Global<Serves> = Global::new(Serves::ALL);
 
 /// Bears no workload.
 const NOBODY: u64 = 0;
@@ -47,9 +43,10 @@ const ECONNREFUSED: i32 = 111;
 #[inline(always)]
 pub(crate) fn key(ctx: &Addr) -> u64 {
     let netns = ctx.netns();
-    match WORKLOAD.load() {
+    let serves = SERVES.load();
+    match serves.workload {
         0 => netns,
-        own if netns == HOST.load() => own,
+        own if netns == serves.host => own,
         _ => NOBODY,
     }
 }
@@ -92,7 +89,7 @@ pub(crate) fn tell_netns(ctx: &Addr) -> bool {
 /// The workload of this copy.
 #[inline(always)]
 pub(crate) fn own_key() -> u64 {
-    WORKLOAD.load()
+    SERVES.load().workload
 }
 
 #[inline(always)]

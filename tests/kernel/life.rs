@@ -349,3 +349,20 @@ fn strays_under_our_folder_go_when_an_agent_starts() {
     assert!(!folder.join("v0").exists());
     assert!(next.counters().unwrap().iter().all(|(_, count)| *count == 0));
 }
+
+/// They are megabytes, and no program of ours has a use for them.
+#[test]
+fn the_kernels_types_are_not_read_again_for_each_workload() {
+    let world = World::new();
+    let before = read_by_this_thread();
+    let _agent = world.enrol(true);
+    let bytes = read_by_this_thread() - before;
+    assert!(bytes < 64 * 1024, "{bytes} bytes");
+}
+
+/// In bytes, from whatever there is.
+fn read_by_this_thread() -> u64 {
+    let counts = fs::read_to_string("/proc/thread-self/io").unwrap();
+    let read = counts.lines().find_map(|line| line.strip_prefix("rchar: "));
+    read.unwrap().parse().unwrap()
+}

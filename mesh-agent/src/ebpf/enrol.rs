@@ -132,7 +132,7 @@ impl Shared {
         entry: &WorkloadEntry,
         listeners: &Listeners,
     ) -> Result<(), CaptureError> {
-        site.attach(&self.folders, &self.features)?;
+        site.attach(&self.loader, &self.folders)?;
         let inbound = listeners
             .inbound
             .iter()

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use super::bpffs::{self, Folders};
 use super::maps::Maps;
 use super::mounts;
-use super::{CaptureError, Features, lift_memlock_limit, programs, sys, uninstall};
+use super::{CaptureError, Features, lift_memlock_limit, object, programs, sys, uninstall};
 
 /// Folders that are looked into for an agent's pins: more than any machine has.
 const MAX_FOLDERS: usize = 4096;
@@ -66,7 +66,7 @@ pub enum AgentOwner {
 
 /// Fails on an agent that was built without an eBPF compiler.
 pub fn programs_inside() -> Result<(), CaptureError> {
-    programs::require_object()
+    object::require_object()
 }
 
 /// Whether this process may use `bpf(2)` at all, with its limit of locked memory lifted as for an agent: before 5.11

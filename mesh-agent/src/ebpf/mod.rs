@@ -22,6 +22,7 @@ mod maps;
 mod mounts;
 mod namespace;
 mod netns;
+mod object;
 mod place;
 mod programs;
 mod state;
@@ -36,8 +37,9 @@ pub use fast::{FastPair, FastTraffic, MAX_BACKENDS};
 pub use features::{Feature, Features};
 pub use listeners::Listeners;
 pub use mesh_common::WorkloadKey;
+pub use object::object;
 pub use place::{Place, PlaceIdentity};
-pub use programs::{HookState, object};
+pub use programs::HookState;
 pub use state::{CaptureState, MapState, WorkloadState};
 pub use uninstall::uninstall;
 
@@ -53,6 +55,7 @@ use tokio::time::MissedTickBehavior;
 use bpffs::Folders;
 use maps::Maps;
 use netns::Home;
+use object::Loader;
 
 /// A tenth of what the kernel side waits before it takes the agent for gone.
 const HEARTBEAT: Duration = Duration::from_secs(1);
@@ -97,6 +100,7 @@ pub struct Capture {
 /// What enrolments need of it, too.
 #[derive(Debug)]
 struct Shared {
+    loader: Loader,
     folders: Folders,
     maps: Arc<Maps>,
     home: Home,
@@ -106,7 +110,7 @@ struct Shared {
 impl Capture {
     /// Loads and attaches the programs, or takes over from an agent that did before.
     pub fn start(options: &CaptureOptions) -> Result<Self, CaptureError> {
-        programs::require_object()?;
+        object::require_object()?;
         let folders = Folders::new(&options.bpffs);
         folders.create()?;
         let cgroup = bpffs::open_cgroup(&bpffs::cgroup_root()?)?;
@@ -116,7 +120,8 @@ impl Capture {
             let (feature, since, without) = (lacking.name, lacking.since, lacking.without);
             tracing::info!(feature, since, without, "this kernel lacks something");
         }
-        programs::attach_root(&folders, &cgroup, &features, options.max_flows)?;
+        let loader = Loader::new(&folders, &features, options.max_flows);
+        programs::attach_root(&loader, &folders, &cgroup)?;
         let maps = Arc::new(Maps::open(&folders.maps)?);
         uninstall::remove_strays(&folders, &maps)?;
         fast::close_all(&maps)?;
@@ -126,6 +131,7 @@ impl Capture {
         })?;
         let capture = Self {
             shared: Arc::new(Shared {
+                loader,
                 folders,
                 maps,
                 home,

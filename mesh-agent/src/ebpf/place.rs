@@ -10,7 +10,8 @@ use mesh_common::{CGROUP_KEYS, WorkloadKey};
 
 use super::bpffs::{Folders, cgroup_folder, open_cgroup};
 use super::netns::Netns;
-use super::{CaptureError, Features, Shared, programs};
+use super::object::Loader;
+use super::{CaptureError, Shared, programs};
 
 /// Where a workload runs.
 #[derive(Debug)]
@@ -85,12 +86,12 @@ impl Site {
     }
 
     /// Attaches what this workload needs beside the programs at the cgroup root.
-    pub(super) fn attach(&self, folders: &Folders, features: &Features) -> Result<(), CaptureError> {
+    pub(super) fn attach(&self, loader: &Loader, folders: &Folders) -> Result<(), CaptureError> {
         match &self.cgroup {
-            None => programs::attach_lookup(folders, features, self.key, self.netns.as_file().as_fd()),
+            None => programs::attach_lookup(loader, folders, self.key, self.netns.as_file().as_fd()),
             Some(cgroup) => {
                 let host = self.netns.cookie();
-                programs::attach_workload_cgroup(folders, features, self.key, host, cgroup)
+                programs::attach_workload_cgroup(loader, folders, self.key, host, cgroup)
             }
         }
     }

@@ -1,7 +1,7 @@
-//! The object, its programs, and their pinned links.
+//! The programs, and their pinned links.
 //!
-//! Invariants: every map is the pinned one, so each loaded copy of the object works on the same state; a hook
-//! has one pinned link, created once and updated in place from then on, so that no agent leaves a second one.
+//! Invariant: a hook has one pinned link, created once and updated in place from then on, so that no agent leaves a
+//! second one.
 
 use std::fs::{self, File};
 use std::io;
@@ -9,24 +9,16 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
+use aya::Ebpf;
 use aya::programs::{CgroupSockAddr, Program, ProgramError, ProgramFd, SkLookup, SockOps};
-use aya::{Ebpf, EbpfLoader};
-use mesh_common::{WorkloadKey, maps};
+use mesh_common::{Serves, WorkloadKey};
 use serde::Serialize;
 
 use super::bpffs::Folders;
 use super::examine::Trial;
+use super::object::Loader;
 use super::sys;
 use super::{CaptureError, Features};
-
-/// Made by `build.rs`; empty if the machine had no eBPF compiler.
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mesh-ebpf"));
-
-/// The object with all programs, as it is embedded; empty if the machine that built us had no eBPF compiler.
-#[must_use]
-pub fn object() -> &'static [u8] {
-    OBJECT
-}
 
 /// A program attached at the cgroup root.
 struct Hook {
@@ -65,13 +57,6 @@ pub(super) const LOOKUP_TYPE: u32 = 36;
 
 const LOOKUP: Hook = hook("lookup", "mesh_lookup", LOOKUP_TYPE);
 
-/// Whom a copy of the object serves: nobody in particular, or one workload.
-struct Serves {
-    workload: WorkloadKey,
-    /// The cookie of the host's namespace, for a workload in it.
-    host: WorkloadKey,
-}
-
 /// An attached program, for the admin page.
 #[derive(Clone, Debug, Serialize)]
 pub struct HookState {
@@ -80,24 +65,9 @@ pub struct HookState {
     pub link_id: u32,
 }
 
-/// Fails at once on an agent that was built without an eBPF compiler.
-pub(super) fn require_object() -> Result<(), CaptureError> {
-    if OBJECT.is_empty() {
-        Err(CaptureError::NoPrograms)
-    } else {
-        Ok(())
-    }
-}
-
 /// Loads the object once, which pins the maps that are not there yet, and attaches every cgroup hook.
-pub(super) fn attach_root(
-    folders: &Folders,
-    cgroup: &File,
-    features: &Features,
-    max_flows: u32,
-) -> Result<(), CaptureError> {
-    let nobody = Serves { workload: 0, host: 0 };
-    let mut object = load(folders, &nobody, features, max_flows)?;
+pub(super) fn attach_root(loader: &Loader, folders: &Folders, cgroup: &File) -> Result<(), CaptureError> {
+    let mut object = loader.load(Serves::ALL)?;
     for hook in &HOOKS {
         let program = verified(&mut object, hook.program)?;
         let fd = program_fd(program, hook.program)?;
@@ -113,12 +83,12 @@ pub(super) fn attach_root(
 
 /// Attaches the workload's own instance of the `sk_lookup` program to its namespace.
 pub(super) fn attach_lookup(
+    loader: &Loader,
     folders: &Folders,
-    features: &Features,
     workload: WorkloadKey,
     netns: BorrowedFd<'_>,
 ) -> Result<(), CaptureError> {
-    let mut object = load(folders, &Serves { workload, host: 0 }, features, maps::MAX_FLOWS)?;
+    let mut object = loader.load(Serves { workload, host: 0 })?;
     let program = verified(&mut object, LOOKUP.program)?;
     let fd = program_fd(program, LOOKUP.program)?;
     attach(
@@ -131,13 +101,13 @@ pub(super) fn attach_lookup(
 
 /// Attaches the workload's own instances to its cgroup. Sockets are noted by the `sockops` of the root.
 pub(super) fn attach_workload_cgroup(
+    loader: &Loader,
     folders: &Folders,
-    features: &Features,
     workload: WorkloadKey,
     host: WorkloadKey,
     cgroup: &File,
 ) -> Result<(), CaptureError> {
-    let mut object = load(folders, &Serves { workload, host }, features, maps::MAX_FLOWS)?;
+    let mut object = loader.load(Serves { workload, host })?;
     for hook in HOOKS.iter().filter(|hook| hook.name != SOCKOPS) {
         let program = verified(&mut object, hook.program)?;
         let fd = program_fd(program, hook.program)?;
@@ -191,53 +161,9 @@ pub(super) fn states(folders: &Folders) -> Vec<HookState> {
     names.into_iter().filter_map(state).collect()
 }
 
-fn load(
-    folders: &Folders,
-    serves: &Serves,
-    features: &Features,
-    max_flows: u32,
-) -> Result<Ebpf, CaptureError> {
-    load_with(serves, features, max_flows, |loader| {
-        for name in maps::ALL {
-            loader.map_pin_path(name, folders.maps.join(name));
-        }
-    })
-}
-
-/// Loads the object; `pins` says where its maps are.
-fn load_with(
-    serves: &Serves,
-    features: &Features,
-    max_flows: u32,
-    pins: impl FnOnce(&mut EbpfLoader<'_>),
-) -> Result<Ebpf, CaptureError> {
-    require_object()?;
-    let can_set_errno = u32::from(features.set_errno);
-    let netns_in_sockops = u32::from(features.netns_in_sockops);
-    let presented = match features.netns_in_sockops {
-        true => 1,
-        false => maps::MAX_PRESENTED,
-    };
-    let tells_netns = u32::from(!features.netns_option);
-    let mut loader = EbpfLoader::new();
-    // The programs touch no kernel structures, so the kernel's own type information is not needed.
-    loader
-        .btf(None)
-        .map_max_entries(maps::FLOWS, max_flows)
-        .map_max_entries(maps::PRESENTED, presented)
-        .override_global("WORKLOAD", &serves.workload, true)
-        .override_global("HOST", &serves.host, true)
-        .override_global("CAN_SET_ERRNO", &can_set_errno, true)
-        .override_global("NETNS_IN_SOCKOPS", &netns_in_sockops, true)
-        .override_global("TELLS_NETNS", &tells_netns, true);
-    pins(&mut loader);
-    Ok(loader.load(OBJECT)?)
-}
-
 /// Has the verifier look at every program, with maps of its own; nothing is attached, and nothing stays.
 pub(super) fn trial(features: &Features) -> Result<Vec<Trial>, CaptureError> {
-    let nobody = Serves { workload: 0, host: 0 };
-    let mut object = load_with(&nobody, features, maps::MAX_FLOWS, |_| {})?;
+    let mut object = Loader::for_trial(features).load(Serves::ALL)?;
     let hooks = HOOKS.iter().chain([&LOOKUP]);
     Ok(hooks
         .map(|hook| Trial {
