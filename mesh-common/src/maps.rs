@@ -29,8 +29,8 @@ pub const COUNTERS: &str = "COUNTERS";
 /// 0 -> `Settings`.
 pub const SETTINGS: &str = "SETTINGS";
 
-/// 0 -> `Serves`: the variables of a loaded copy of the programs, which all copies have for themselves. (Compilers call
-/// it so, and the loader makes a map of it.)
+/// 0 -> `Serves`. Each loaded copy of the programs has its own, which is never pinned: the loader makes it of this
+/// section, where `mesh-ebpf` puts it.
 pub const SERVES: &str = ".data";
 
 /// Every map that all copies share, in the order of the admin page.

@@ -22,13 +22,13 @@ pub struct Serves {
     /// 0 at the cgroup root, where a socket's namespace names its workload.
     pub workload: WorkloadKey,
     /// The cookie of the host's namespace, for programs at a workload's cgroup: a container in there that has a
-    /// namespace of its own cannot reach the agent's listeners.
+    /// namespace of its own cannot reach the agent's listeners. 0 for others, which do not look.
     pub host: WorkloadKey,
 }
 
 impl Serves {
-    /// Nobody in particular.
-    pub const ALL: Self = Self { workload: 0, host: 0 };
+    /// Whosever socket it is.
+    pub const ANYONE: Self = Self { workload: 0, host: 0 };
 }
 
 /// An enrolled workload.

@@ -28,11 +28,12 @@ static NETNS_IN_SOCKOPS: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 static TELLS_NETNS: Global<u32> = Global::new(0);
 
-/// Whom this copy of the programs serves: one workload, if it is that one's own `sk_lookup` program, which may not ask for
-/// its namespace's cookie, or at that one's cgroup. Not a constant, or nothing of one copy could be used for the next.
+/// Whom this copy of the programs serves: one workload, if it is that one's own `sk_lookup` program, which may not
+/// ask for its namespace's cookie, or at that one's cgroup. The agent writes it after loading, when constants are
+/// frozen. Nothing else may be in its section: the agent takes the map for this alone.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = ".data")]
-static SERVES: Global<Serves> = Global::new(Serves::ALL);
+static SERVES: Global<Serves> = Global::new(Serves::ANYONE);
 
 /// Bears no workload.
 const NOBODY: u64 = 0;

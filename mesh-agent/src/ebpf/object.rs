@@ -1,7 +1,7 @@
 //! The object with all programs, and the copies of it that are loaded.
 //!
-//! Invariants: every map is the pinned one but a copy's own variables, so all copies work on the same state; a [`Loader`]
-//! is made once, and used for each workload.
+//! Invariants: copies share the pinned maps, and so work on the same state, but each has a [`maps::SERVES`] of its
+//! own; a copy knows whom it serves before anything of it can be attached.
 
 use std::io;
 use std::sync::{Mutex, PoisonError};
@@ -33,15 +33,16 @@ pub(super) fn require_object() -> Result<(), CaptureError> {
 
 /// Loads copies of the object.
 ///
-/// Kept, since aya reads and takes apart the kernel's own type information for each loader that is made: some 6 MB, which
-/// our programs have no use for, and 12 ms.
+/// One does for all workloads, since aya reads and takes apart the kernel's own type information for each loader that
+/// is made: 5.5 MB on a kernel of today, and 12 ms, for nothing that our programs use. (Locked since loading needs
+/// `&mut`; workloads are enrolled one after the other.)
 #[derive(Debug)]
 pub(super) struct Loader(Mutex<EbpfLoader<'static>>);
 
 impl Loader {
     /// For copies that share the maps pinned in `folders`: those that are not there yet are made and pinned.
     pub(super) fn new(folders: &Folders, features: &Features, max_flows: u32) -> Self {
-        let mut loader = unpinned(features, max_flows);
+        let mut loader = configured(features, max_flows);
         for name in maps::ALL {
             loader.map_pin_path(name, folders.maps.join(name));
         }
@@ -50,31 +51,35 @@ impl Loader {
 
     /// For copies with maps of their own, of which nothing stays.
     pub(super) fn for_trial(features: &Features) -> Self {
-        Self(Mutex::new(unpinned(features, maps::MAX_FLOWS)))
+        Self(Mutex::new(configured(features, maps::MAX_FLOWS)))
     }
 
     /// A copy, whose programs the verifier has not seen yet.
     pub(super) fn load(&self, serves: Serves) -> Result<Ebpf, CaptureError> {
         require_object()?;
-        // It holds nothing of what it loaded before, so a panic leaves it as it was.
+        // A loader holds nothing of what it loads, so a panic leaves it as it was.
         let mut loader = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let mut copy = loader.load(OBJECT)?;
         drop(loader);
-        describe(&mut copy, serves).map_err(|error| CaptureError::Map {
+        tell(&mut copy, serves).map_err(|error| CaptureError::Map {
             map: maps::SERVES,
-            source: io::Error::other(error),
+            source: match error {
+                MapError::SyscallError(failed) => failed.io_error,
+                other => io::Error::other(other),
+            },
         })?;
         Ok(copy)
     }
 }
 
-fn unpinned(features: &Features, max_flows: u32) -> EbpfLoader<'static> {
+fn configured(features: &Features, max_flows: u32) -> EbpfLoader<'static> {
     let presented = match features.netns_in_sockops {
         true => 1,
         false => maps::MAX_PRESENTED,
     };
     let mut loader = EbpfLoader::new();
     loader
+        // The programs touch no kernel structures.
         .btf(None)
         .map_max_entries(maps::FLOWS, max_flows)
         .map_max_entries(maps::PRESENTED, presented)
@@ -92,8 +97,8 @@ fn constant(holds: bool) -> &'static u32 {
     }
 }
 
-/// Tells a copy whom it serves, before anything of it is attached.
-fn describe(copy: &mut Ebpf, serves: Serves) -> Result<(), MapError> {
+/// Tells a copy whom it serves.
+fn tell(copy: &mut Ebpf, serves: Serves) -> Result<(), MapError> {
     let map = copy.map_mut(maps::SERVES).ok_or_else(|| MapError::InvalidName {
         name: maps::SERVES.to_owned(),
     })?;

@@ -67,7 +67,7 @@ pub struct HookState {
 
 /// Loads the object once, which pins the maps that are not there yet, and attaches every cgroup hook.
 pub(super) fn attach_root(loader: &Loader, folders: &Folders, cgroup: &File) -> Result<(), CaptureError> {
-    let mut object = loader.load(Serves::ALL)?;
+    let mut object = loader.load(Serves::ANYONE)?;
     for hook in &HOOKS {
         let program = verified(&mut object, hook.program)?;
         let fd = program_fd(program, hook.program)?;
@@ -163,7 +163,7 @@ pub(super) fn states(folders: &Folders) -> Vec<HookState> {
 
 /// Has the verifier look at every program, with maps of its own; nothing is attached, and nothing stays.
 pub(super) fn trial(features: &Features) -> Result<Vec<Trial>, CaptureError> {
-    let mut object = Loader::for_trial(features).load(Serves::ALL)?;
+    let mut object = Loader::for_trial(features).load(Serves::ANYONE)?;
     let hooks = HOOKS.iter().chain([&LOOKUP]);
     Ok(hooks
         .map(|hook| Trial {
