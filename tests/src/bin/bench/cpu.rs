@@ -41,6 +41,9 @@ pub(crate) struct Used {
     pub(crate) foreign: f64,
     /// What the hypervisor took.
     pub(crate) steal: f64,
+    /// How long the proxies' threads were ready to run and had no CPU, all of them together. Not CPU time, and not known
+    /// by every kernel.
+    pub(crate) waiting: Option<f64>,
 }
 
 impl Used {
@@ -58,8 +61,54 @@ pub(crate) struct Reading {
     servers: f64,
     proxies: f64,
     kernel: BTreeMap<i32, f64>,
-    /// Busy, interrupts, steal.
-    machine: [f64; 3],
+    waiting: Option<BTreeMap<i32, f64>>,
+    machine: CpuTimes,
+}
+
+/// The machine's own, sampled account: seconds of all CPUs since the start, or since another reading.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CpuTimes {
+    pub(crate) busy: f64,
+    /// Softirqs and interrupts; within `busy`.
+    pub(crate) interrupts: f64,
+    pub(crate) idle: f64,
+    /// What the hypervisor took.
+    pub(crate) steal: f64,
+}
+
+impl CpuTimes {
+    pub(crate) fn read() -> Result<Self> {
+        let ticks = sysconf(SysconfVar::CLK_TCK)?.context("no CLK_TCK")? as f64;
+        let stat = fs::read_to_string("/proc/stat")?;
+        let line = stat.lines().next().context("/proc/stat is empty")?;
+        let columns = line
+            .split_whitespace()
+            .skip(1)
+            .map(|number| Ok(number.parse::<f64>()? / ticks))
+            .collect::<Result<Vec<_>>>()?;
+        let [user, nice, system, idle, iowait, irq, softirq, steal, ..] = columns[..] else {
+            anyhow::bail!("/proc/stat has too few columns");
+        };
+        Ok(Self {
+            busy: user + nice + system + irq + softirq,
+            interrupts: irq + softirq,
+            idle: idle + iowait,
+            steal,
+        })
+    }
+
+    pub(crate) fn since(&self, before: &Self) -> Self {
+        Self {
+            busy: self.busy - before.busy,
+            interrupts: self.interrupts - before.interrupts,
+            idle: self.idle - before.idle,
+            steal: self.steal - before.steal,
+        }
+    }
+
+    pub(crate) fn total(&self) -> f64 {
+        self.busy + self.idle + self.steal
+    }
 }
 
 impl Watched {
@@ -72,29 +121,27 @@ impl Watched {
             servers: total(&self.servers)?,
             proxies: total(&self.proxies)?,
             kernel: kernel_threads()?,
-            machine: machine()?,
+            waiting: waiting(&self.proxies)?,
+            machine: CpuTimes::read()?,
         })
     }
 
     pub(crate) fn since(&self, before: &Reading) -> Result<Used> {
         let now = self.read()?;
-        let kernel = now
-            .kernel
-            .iter()
-            .map(|(pid, time)| time - before.kernel.get(pid).unwrap_or(&0.0))
-            .sum();
-        let [busy, interrupts, steal] = [0, 1, 2].map(|column| now.machine[column] - before.machine[column]);
+        let waiting = before.waiting.as_ref().zip(now.waiting.as_ref());
+        let machine = now.machine.since(&before.machine);
         let mut used = Used {
             wall: (now.at - before.at).as_secs_f64(),
             generator: now.children - before.children,
             servers: now.servers - before.servers,
             proxies: now.proxies - before.proxies,
-            kernel,
-            interrupts,
+            kernel: growth(&before.kernel, &now.kernel),
+            waiting: waiting.map(|(before, now)| growth(before, now)),
+            interrupts: machine.interrupts,
             foreign: 0.0,
-            steal,
+            steal: machine.steal,
         };
-        used.foreign = (busy - used.system()).max(0.0);
+        used.foreign = (machine.busy - used.system()).max(0.0);
         Ok(used)
     }
 }
@@ -161,6 +208,34 @@ fn kernel_threads() -> Result<BTreeMap<i32, f64>> {
         .collect())
 }
 
+/// Of those that are there now, each from nothing if it was not there before. What ended meanwhile is missing, and a
+/// number that was given out again counts for nothing.
+fn growth(before: &BTreeMap<i32, f64>, now: &BTreeMap<i32, f64>) -> f64 {
+    now.iter()
+        .map(|(pid, time)| (time - before.get(pid).unwrap_or(&0.0)).max(0.0))
+        .sum()
+}
+
+/// Seconds in the run queue, by thread (the second column of `schedstat`; the kernel's sched-stats.rst).
+fn waiting(pids: &[Pid]) -> Result<Option<BTreeMap<i32, f64>>> {
+    let mut threads = BTreeMap::new();
+    for pid in pids {
+        for task in fs::read_dir(format!("/proc/{pid}/task"))? {
+            let task = task?;
+            // A thread may have ended meanwhile.
+            let Ok(stat) = fs::read_to_string(task.path().join("schedstat")) else {
+                continue;
+            };
+            let number = task.file_name().to_str().and_then(|name| name.parse().ok());
+            let nanoseconds = stat.split_whitespace().nth(1);
+            let nanoseconds: f64 = nanoseconds.context("schedstat has no second column")?.parse()?;
+            threads.insert(number.context("a thread without a number")?, nanoseconds / 1e9);
+        }
+    }
+    // A kernel that does not count says 0 to all.
+    Ok(Some(threads).filter(|threads| threads.values().any(|time| *time > 0.0)))
+}
+
 struct Process {
     pid: i32,
     parent: i32,
@@ -183,36 +258,76 @@ fn processes() -> Result<Vec<Process>> {
         .collect())
 }
 
-/// Busy, interrupts and softirqs, steal: seconds of all CPUs since the start.
-fn machine() -> Result<[f64; 3]> {
-    let ticks = sysconf(SysconfVar::CLK_TCK)?.context("no CLK_TCK")? as f64;
-    let stat = fs::read_to_string("/proc/stat")?;
-    let line = stat.lines().next().context("/proc/stat is empty")?;
-    let columns = line
-        .split_whitespace()
-        .skip(1)
-        .map(|number| Ok(number.parse::<f64>()? / ticks))
-        .collect::<Result<Vec<_>>>()?;
-    let [user, nice, system, _idle, _iowait, irq, softirq, steal, ..] = columns[..] else {
-        anyhow::bail!("/proc/stat has too few columns");
-    };
-    Ok([user + nice + system + irq + softirq, irq + softirq, steal])
-}
-
 #[cfg(test)]
 mod tests {
+    use std::os::unix::process::CommandExt;
+    use std::process::{Child, Command};
+    use std::time::Duration;
+
+    use nix::sched::{CpuSet, sched_getaffinity};
+    use nix::sys::signal::{Signal, killpg};
+
     use super::*;
 
     #[test]
     fn work_of_a_child_is_the_generators() {
         let watched = Watched::default();
         let before = watched.read().unwrap();
-        let mut child = std::process::Command::new("sh");
+        let mut child = Command::new("sh");
         child.args(["-c", "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done"]);
         assert!(child.status().unwrap().success());
         let used = watched.since(&before).unwrap();
         assert!(used.generator > 0.001, "{used:?}");
         assert!(used.generator < used.wall * 1.5, "{used:?}");
+    }
+
+    #[test]
+    fn who_shares_a_cpu_waits_for_it() {
+        let cpus = sched_getaffinity(Pid::from_raw(0)).unwrap();
+        let cpu = (0..CpuSet::count()).find(|cpu| cpus.is_set(*cpu).unwrap());
+        let busy = || {
+            let mut command = Command::new("timeout");
+            command.args(["60", "taskset", "-c", &cpu.unwrap().to_string()]);
+            command.args(["sh", "-c", "while :; do :; done"]).process_group(0);
+            KillsGroup(command.spawn().unwrap())
+        };
+        // Each waits while the two others run: twice as long as it runs itself.
+        let all = [busy(), busy(), busy()];
+        let start = Instant::now();
+        let families = || all.iter().flat_map(|one| family(one.0.id()).unwrap()).collect();
+        let watched = loop {
+            let proxies: Vec<_> = families();
+            // `timeout` and the shell that `taskset` became.
+            if proxies.len() == 6 {
+                break Watched {
+                    proxies,
+                    ..Watched::default()
+                };
+            }
+            assert!(start.elapsed().as_secs() < 30, "{proxies:?}");
+        };
+        let before = watched.read().unwrap();
+        let used = loop {
+            let used = watched.since(&before).unwrap();
+            if used.proxies > 0.3 {
+                break used;
+            }
+            assert!(start.elapsed().as_secs() < 50, "{used:?}");
+            std::thread::sleep(Duration::from_millis(10));
+        };
+        let waiting = used.waiting.expect("a kernel with CONFIG_SCHED_INFO");
+        assert!(waiting > used.proxies * 1.5, "{used:?}");
+    }
+
+    /// Also when a test fails.
+    struct KillsGroup(Child);
+
+    impl Drop for KillsGroup {
+        fn drop(&mut self) {
+            let group = Pid::from_raw(self.0.id().try_into().unwrap());
+            let _gone = killpg(group, Signal::SIGKILL);
+            let _gone = self.0.wait();
+        }
     }
 
     #[test]

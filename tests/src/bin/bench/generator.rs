@@ -73,6 +73,12 @@ pub(crate) struct Paced {
     pub(crate) p99: f64,
     pub(crate) p999: f64,
     pub(crate) max: f64,
+    /// CPU of the proxies' processes per answer.
+    #[serde(default)]
+    pub(crate) proxies: f64,
+    /// How long all threads of the proxies together were ready to run and had no CPU, per answer.
+    #[serde(default)]
+    pub(crate) waiting: Option<f64>,
     #[serde(default)]
     pub(crate) errors: serde_json::Value,
 }

@@ -85,8 +85,8 @@ fn block(text: &mut String, row: &RowRecord) {
         .map(|rate| format!("ms at {}/s", grouped(rate as f64, 0)));
     let (latency, latency_columns) = match &rate {
         Some(rate) => (
-            format!("   {rate:^23}"),
-            format!("   {:>7} {:>7} {:>7}", "p50", "p99", "p99.9"),
+            format!("   {rate:^23}{:>9}", "µs"),
+            format!("   {:>7} {:>7} {:>7}{:>9}", "p50", "p99", "p99.9", "waiting"),
         ),
         None => Default::default(),
     };
@@ -130,18 +130,19 @@ fn title(row: &RowRecord, peer: Peer) -> String {
     }
 }
 
-/// Percentiles of the paced runs.
+/// Percentiles of the paced runs, and the proxies' delay in run queues.
 fn times(contestant: &Contestant) -> String {
-    let shown = |of: fn(&Paced) -> f64| {
+    let millis = |of: fn(&Paced) -> f64| {
         let micros = contestant.median(|round| round.paced.as_ref().map(of));
         shown(micros.map(|micros| micros / 1e3), 3)
     };
     let [p50, p99, p999] = [
-        shown(|paced| paced.p50),
-        shown(|paced| paced.p99),
-        shown(|paced| paced.p999),
+        millis(|paced| paced.p50),
+        millis(|paced| paced.p99),
+        millis(|paced| paced.p999),
     ];
-    format!("   {p50:>7} {p99:>7} {p999:>7}")
+    let waiting = contestant.median(|round| round.paced.as_ref()?.waiting);
+    format!("   {p50:>7} {p99:>7} {p999:>7}{:>9}", shown(waiting, 0))
 }
 
 fn speed(contestant: &Contestant, digits: usize) -> String {
