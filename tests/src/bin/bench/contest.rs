@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 
 use crate::args::{Args, Effort, Name, Peer};
 use crate::churn;
-use crate::generator::{Generator, Paced, Requests};
+use crate::generator::Generator;
 use crate::idle;
 use crate::peer::Peers;
 use crate::profile;
@@ -153,29 +153,22 @@ impl<'a> Contest<'a> {
             let work = |seconds| generator.saturate(seconds).map(|_count| ());
             profile::record(&running.agents, folder, &title, work)?;
         }
-        let paced = match (&generator, row.rate) {
-            (Generator::Requests(requests), Some(rate)) => Some(pace(running, requests, rate, seconds)?),
-            _ => None,
+        let (paced, paced_used) = match (&generator, row.rate) {
+            (Generator::Requests(requests), Some(rate)) => {
+                let before = running.watched.read()?;
+                let paced = requests.pace(rate, seconds)?;
+                paced.ensure_all_good()?;
+                (Some(paced), Some(running.watched.since(&before)?))
+            }
+            _ => (None, None),
         };
         Ok(Round {
             load: Load { count, used },
             paced,
+            paced_used,
             peak_rss: running.peak_rss()?,
         })
     }
-}
-
-/// The generator's start and end are within what is counted.
-fn pace(running: &Running, requests: &Requests<'_>, rate: u64, seconds: u64) -> Result<Paced> {
-    let before = running.watched.read()?;
-    let mut paced = requests.pace(rate, seconds)?;
-    let used = running.watched.since(&before)?;
-    let micros_per_answer = |seconds: f64| seconds * 1e6 / paced.answers.max(1) as f64;
-    (paced.proxies, paced.waiting) = (
-        micros_per_answer(used.proxies),
-        used.waiting.map(micros_per_answer),
-    );
-    Ok(paced)
 }
 
 /// Half of what the slowest does, for the rounds to come; the first round finds it out.

@@ -61,7 +61,7 @@ pub(crate) struct Reading {
     servers: f64,
     proxies: f64,
     kernel: BTreeMap<i32, f64>,
-    waiting: Option<BTreeMap<i32, f64>>,
+    waiting: BTreeMap<i32, f64>,
     machine: CpuTimes,
 }
 
@@ -80,7 +80,11 @@ impl CpuTimes {
     pub(crate) fn read() -> Result<Self> {
         let ticks = sysconf(SysconfVar::CLK_TCK)?.context("no CLK_TCK")? as f64;
         let stat = fs::read_to_string("/proc/stat")?;
-        let line = stat.lines().next().context("/proc/stat is empty")?;
+        Self::parse(stat.lines().next().context("/proc/stat is empty")?, ticks)
+    }
+
+    /// Its columns are in `proc_stat(5)`.
+    fn parse(line: &str, ticks: f64) -> Result<Self> {
         let columns = line
             .split_whitespace()
             .skip(1)
@@ -128,7 +132,8 @@ impl Watched {
 
     pub(crate) fn since(&self, before: &Reading) -> Result<Used> {
         let now = self.read()?;
-        let waiting = before.waiting.as_ref().zip(now.waiting.as_ref());
+        // Nobody is watched, or the kernel does not count.
+        let waiting = Some(&now.waiting).filter(|threads| threads.values().any(|time| *time > 0.0));
         let machine = now.machine.since(&before.machine);
         let mut used = Used {
             wall: (now.at - before.at).as_secs_f64(),
@@ -136,7 +141,7 @@ impl Watched {
             servers: now.servers - before.servers,
             proxies: now.proxies - before.proxies,
             kernel: growth(&before.kernel, &now.kernel),
-            waiting: waiting.map(|(before, now)| growth(before, now)),
+            waiting: waiting.map(|now| growth(&before.waiting, now)),
             interrupts: machine.interrupts,
             foreign: 0.0,
             steal: machine.steal,
@@ -208,8 +213,7 @@ fn kernel_threads() -> Result<BTreeMap<i32, f64>> {
         .collect())
 }
 
-/// Of those that are there now, each from nothing if it was not there before. What ended meanwhile is missing, and a
-/// number that was given out again counts for nothing.
+/// Of those that are there now, each from nothing if it was not there before; of those that ended, nothing.
 fn growth(before: &BTreeMap<i32, f64>, now: &BTreeMap<i32, f64>) -> f64 {
     now.iter()
         .map(|(pid, time)| (time - before.get(pid).unwrap_or(&0.0)).max(0.0))
@@ -217,12 +221,12 @@ fn growth(before: &BTreeMap<i32, f64>, now: &BTreeMap<i32, f64>) -> f64 {
 }
 
 /// Seconds in the run queue, by thread (the second column of `schedstat`; the kernel's sched-stats.rst).
-fn waiting(pids: &[Pid]) -> Result<Option<BTreeMap<i32, f64>>> {
+fn waiting(pids: &[Pid]) -> Result<BTreeMap<i32, f64>> {
     let mut threads = BTreeMap::new();
     for pid in pids {
         for task in fs::read_dir(format!("/proc/{pid}/task"))? {
             let task = task?;
-            // A thread may have ended meanwhile.
+            // It may have ended meanwhile, and not every kernel has this file.
             let Ok(stat) = fs::read_to_string(task.path().join("schedstat")) else {
                 continue;
             };
@@ -232,8 +236,7 @@ fn waiting(pids: &[Pid]) -> Result<Option<BTreeMap<i32, f64>>> {
             threads.insert(number.context("a thread without a number")?, nanoseconds / 1e9);
         }
     }
-    // A kernel that does not count says 0 to all.
-    Ok(Some(threads).filter(|threads| threads.values().any(|time| *time > 0.0)))
+    Ok(threads)
 }
 
 struct Process {
@@ -260,12 +263,13 @@ fn processes() -> Result<Vec<Process>> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::process::CommandExt;
-    use std::process::{Child, Command};
+    use std::process::Command;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::mpsc::sync_channel;
+    use std::thread;
     use std::time::Duration;
 
-    use nix::sched::{CpuSet, sched_getaffinity};
-    use nix::sys::signal::{Signal, killpg};
+    use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 
     use super::*;
 
@@ -282,52 +286,62 @@ mod tests {
     }
 
     #[test]
-    fn who_shares_a_cpu_waits_for_it() {
+    fn threads_that_share_a_cpu_wait_for_it() {
         let cpus = sched_getaffinity(Pid::from_raw(0)).unwrap();
         let cpu = (0..CpuSet::count()).find(|cpu| cpus.is_set(*cpu).unwrap());
-        let busy = || {
-            let mut command = Command::new("timeout");
-            command.args(["60", "taskset", "-c", &cpu.unwrap().to_string()]);
-            command.args(["sh", "-c", "while :; do :; done"]).process_group(0);
-            KillsGroup(command.spawn().unwrap())
-        };
-        // Each waits while the two others run: twice as long as it runs itself.
-        let all = [busy(), busy(), busy()];
-        let start = Instant::now();
-        let families = || all.iter().flat_map(|one| family(one.0.id()).unwrap()).collect();
-        let watched = loop {
-            let proxies: Vec<_> = families();
-            // `timeout` and the shell that `taskset` became.
-            if proxies.len() == 6 {
-                break Watched {
-                    proxies,
-                    ..Watched::default()
-                };
+        let mut one = CpuSet::new();
+        one.set(cpu.unwrap()).unwrap();
+        let stop = &AtomicBool::new(false);
+        let (seen, numbers) = sync_channel(3);
+        let mut waited = 0.0;
+        let mut wall = 0.0;
+        thread::scope(|scope| {
+            for _ in 0..3 {
+                let seen = seen.clone();
+                scope.spawn(move || {
+                    sched_setaffinity(Pid::from_raw(0), &one).unwrap();
+                    let _ended = seen.send(nix::unistd::gettid().as_raw());
+                    drop(seen);
+                    while !stop.load(Ordering::Relaxed) {}
+                });
             }
-            assert!(start.elapsed().as_secs() < 30, "{proxies:?}");
-        };
-        let before = watched.read().unwrap();
-        let used = loop {
-            let used = watched.since(&before).unwrap();
-            if used.proxies > 0.3 {
-                break used;
-            }
-            assert!(start.elapsed().as_secs() < 50, "{used:?}");
-            std::thread::sleep(Duration::from_millis(10));
-        };
-        let waiting = used.waiting.expect("a kernel with CONFIG_SCHED_INFO");
-        assert!(waiting > used.proxies * 1.5, "{used:?}");
+            drop(seen);
+            let ours: Vec<_> = numbers.iter().collect();
+            let read = || {
+                let all = waiting(&[nix::unistd::getpid()])?;
+                anyhow::Ok(
+                    all.into_iter()
+                        .filter(|(thread, _)| ours.contains(thread))
+                        .collect(),
+                )
+            };
+            // What was waited before does not count.
+            thread::sleep(Duration::from_millis(300));
+            let start = Instant::now();
+            let before = read();
+            thread::sleep(Duration::from_millis(300));
+            let now = read();
+            wall = start.elapsed().as_secs_f64();
+            stop.store(true, Ordering::Relaxed);
+            waited = growth(&before.unwrap(), &now.unwrap());
+        });
+        // While one runs two wait: twice the time, and at most three times where others run there too.
+        assert!((1.5 * wall..3.1 * wall).contains(&waited), "{waited} of {wall}");
     }
 
-    /// Also when a test fails.
-    struct KillsGroup(Child);
-
-    impl Drop for KillsGroup {
-        fn drop(&mut self) {
-            let group = Pid::from_raw(self.0.id().try_into().unwrap());
-            let _gone = killpg(group, Signal::SIGKILL);
-            let _gone = self.0.wait();
-        }
+    #[test]
+    fn the_machines_account_is_read_by_its_columns() {
+        let read = |line| CpuTimes::parse(line, 100.0).unwrap();
+        let before = read("cpu 100 20 300 4000 50 6 70 8 0 0");
+        let now = read("cpu 200 30 400 4400 60 7 90 38 0 0");
+        let passed = now.since(&before);
+        assert_eq!(
+            [passed.busy, passed.interrupts, passed.idle, passed.steal]
+                .map(|seconds| (seconds * 100.0).round()),
+            [231.0, 21.0, 410.0, 30.0]
+        );
+        assert!((passed.total() - 6.71).abs() < 1e-6);
+        assert!(CpuTimes::parse("cpu 1 2 3", 100.0).is_err());
     }
 
     #[test]

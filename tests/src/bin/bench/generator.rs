@@ -73,14 +73,21 @@ pub(crate) struct Paced {
     pub(crate) p99: f64,
     pub(crate) p999: f64,
     pub(crate) max: f64,
-    /// CPU of the proxies' processes per answer.
-    #[serde(default)]
-    pub(crate) proxies: f64,
-    /// How long all threads of the proxies together were ready to run and had no CPU, per answer.
-    #[serde(default)]
-    pub(crate) waiting: Option<f64>,
     #[serde(default)]
     pub(crate) errors: serde_json::Value,
+}
+
+impl Paced {
+    pub(crate) fn ensure_all_good(&self) -> Result<()> {
+        ensure!(
+            self.failed == 0,
+            "{} of {} requests failed: {}",
+            self.failed,
+            self.failed + self.answers,
+            self.errors
+        );
+        Ok(())
+    }
 }
 
 impl Requests<'_> {
@@ -109,7 +116,7 @@ impl Requests<'_> {
         parse_h2load(&shell::output(command.arg(self.url()))?)
     }
 
-    /// So many a second, due at fixed times.
+    /// So many a second, due at fixed times; some may have failed.
     pub(crate) fn pace(&self, rate: u64, seconds: u64) -> Result<Paced> {
         let mut command = self.client.peer_command();
         command.args(["paced", &self.url(), "--rate", &rate.to_string()]);
@@ -127,13 +134,6 @@ impl Requests<'_> {
         let report = shell::output(&mut command)?;
         let mut paced: Paced =
             serde_json::from_str(&report).with_context(|| format!("no report: {report}"))?;
-        ensure!(
-            paced.failed == 0,
-            "{} of {} requests failed: {}",
-            paced.failed,
-            paced.failed + paced.answers,
-            paced.errors
-        );
         paced.rate = rate;
         Ok(paced)
     }

@@ -73,6 +73,8 @@ pub(crate) struct Contestant {
 pub(crate) struct Round {
     pub(crate) load: Load,
     pub(crate) paced: Option<Paced>,
+    /// What the paced run took, the generator's start and end included.
+    pub(crate) paced_used: Option<Used>,
     /// Bytes.
     pub(crate) peak_rss: u64,
 }
@@ -128,6 +130,14 @@ impl Machine {
             cpu: model.map_or("unknown", |(_, name)| name).to_owned(),
             cpus: std::thread::available_parallelism()?.get(),
         })
+    }
+}
+
+impl Round {
+    /// Seconds per request that the proxies' threads waited for a CPU at the fixed rate.
+    pub(crate) fn waiting(&self) -> Option<f64> {
+        let answers = self.paced.as_ref().map(|paced| paced.answers as f64)?;
+        Some(self.paced_used?.waiting? / answers).filter(|_| answers > 0.0)
     }
 }
 

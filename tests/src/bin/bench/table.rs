@@ -5,7 +5,7 @@ use std::io::{IsTerminal, stdout};
 
 use crate::args::Peer;
 use crate::generator::Paced;
-use crate::record::{Contestant, RowRecord, ScenarioRecord};
+use crate::record::{Contestant, Round, RowRecord, ScenarioRecord};
 use crate::scenario::{Door, Unit, Work};
 use crate::stats::median;
 use crate::targets::{Bound, Verdict};
@@ -85,8 +85,8 @@ fn block(text: &mut String, row: &RowRecord) {
         .map(|rate| format!("ms at {}/s", grouped(rate as f64, 0)));
     let (latency, latency_columns) = match &rate {
         Some(rate) => (
-            format!("   {rate:^23}{:>9}", "µs"),
-            format!("   {:>7} {:>7} {:>7}{:>9}", "p50", "p99", "p99.9", "waiting"),
+            format!("   {rate:^23}{:>11}", "proxies"),
+            format!("   {:>7} {:>7} {:>7}{:>11}", "p50", "p99", "p99.9", "waiting µs"),
         ),
         None => Default::default(),
     };
@@ -141,8 +141,8 @@ fn times(contestant: &Contestant) -> String {
         millis(|paced| paced.p99),
         millis(|paced| paced.p999),
     ];
-    let waiting = contestant.median(|round| round.paced.as_ref()?.waiting);
-    format!("   {p50:>7} {p99:>7} {p999:>7}{:>9}", shown(waiting, 0))
+    let waiting = shown(contestant.median(Round::waiting).map(|seconds| seconds * 1e6), 0);
+    format!("   {p50:>7} {p99:>7} {p999:>7}{waiting:>11}")
 }
 
 fn speed(contestant: &Contestant, digits: usize) -> String {
