@@ -25,8 +25,8 @@ const SATURATION_SECONDS: u64 = 5;
 const CONNECTIONS: usize = 32;
 /// Between two looks at memory and CPUs.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// In % of the CPUs: with less idle a second is one without reserve. (Of seconds in which a program of others made
-/// requests queue up, most had 1 to 4 % idle.)
+/// In % of the CPUs: with less idle a second is one without reserve. (While a program of others made requests queue
+/// up, seconds had up to 3 % idle.)
 const FULL: f64 = 5.0;
 /// The first tenth warms up, the second is what the last one is held against.
 const TENTHS: usize = 10;
@@ -70,9 +70,10 @@ fn soak(world: &mut World, seconds: u64, figures: &mut Vec<Figure>) -> Result<()
         let looks = watcher.join().map_err(|_| anyhow!("the watcher panicked"));
         (paced, looks)
     });
-    // How busy the machine was explains much of what may have gone wrong.
-    figures.extend(of_looks(&looks??)?);
     let paced = paced?;
+    // Whatever fails after it, or failed in it: this is what was seen.
+    figures.extend(of_requests(&paced));
+    figures.extend(of_looks(&looks??)?);
     let cpus = thread::available_parallelism()?.get() as f64;
     let used = watched.since(&before)?;
     figures.push(figure(
@@ -81,7 +82,6 @@ fn soak(world: &mut World, seconds: u64, figures: &mut Vec<Figure>) -> Result<()
         used.foreign / used.wall / cpus * 100.0,
         None,
     ));
-    figures.extend(of_requests(&paced));
     paced.ensure_all_good()
 }
 
@@ -135,7 +135,7 @@ fn of_looks(looks: &[Look]) -> Result<Vec<Figure>> {
             None,
         ),
         figure(
-            "seconds with less than 5 % of the CPUs idle",
+            &format!("seconds with less than {FULL} % of the CPUs idle"),
             "%",
             full as f64 * 100.0 / looks.len() as f64,
             None,
