@@ -1,10 +1,8 @@
-//! What a request costs, counted and not timed: counts are the same on a busy machine and on a fast one.
+//! System calls of a request, counted and not timed: counts are the same on a busy machine and on a fast one.
 //!
 //! One request after the other, so that nothing is batched: the most that a request can need.
 
-use std::env;
 use std::fs;
-use std::path::PathBuf;
 use std::process::Command;
 
 use mesh_tests::{Options, shell};
@@ -16,10 +14,6 @@ const REQUESTS: u64 = 2000;
 /// System calls per request of one agent, both directions. Measured: 6.05 to 6.10 at either end; the rest is
 /// room for timers, not for one more call per request.
 const MOST_SYSTEM_CALLS: [(&str, f64); 2] = [("node-a", 6.5), ("node-b", 6.5)];
-
-/// Calls of the allocator per request of one agent, both directions. Measured: 26.0 to 26.1 at the client's end, 20.1
-/// at the server's, whatever the machine does: one more per request fails.
-const MOST_ALLOCATIONS: [(&str, f64); 2] = [("node-a", 26.8), ("node-b", 20.8)];
 
 /// The same of a unary gRPC call. Measured: 7.1 to 7.9 (six, and a wake-up more where an agent reads the client's head
 /// before its message, which this client writes apart); 9.0 to 9.6 when agents passed them on in two writes.
@@ -114,49 +108,4 @@ fn few_system_calls(most: [(&str, f64); 2], web: &mut Web, url: &str, options: &
             "{node}: {count} system calls per request, at most {most} are meant to be ({counts:?})"
         );
     }
-}
-
-#[test]
-fn a_request_needs_few_allocations() {
-    let counting = Options {
-        config: "threads: 1\n".to_owned(),
-        counting: Some(library()),
-        ..Options::default()
-    };
-    let web = web_with(&counting);
-    let url = format!("http://{WEB_V4}/status/200");
-    let load = |requests: u64| {
-        let report = web
-            .client
-            .load(&[&url, "--requests", &requests.to_string()])
-            .unwrap();
-        assert_eq!(report["statuses"]["200"], requests, "{report}");
-    };
-    load(100);
-    let before = allocations(&web);
-    load(REQUESTS);
-    let after = allocations(&web);
-    for (n, (node, most)) in MOST_ALLOCATIONS.into_iter().enumerate() {
-        let count = (after[n] - before[n]) as f64 / REQUESTS as f64;
-        assert!(
-            (1.0..most).contains(&count),
-            "{node}: {count} allocations per request, at most {most} are meant to be"
-        );
-    }
-}
-
-fn allocations(web: &Web) -> [u64; 2] {
-    MOST_ALLOCATIONS.map(|(node, _)| {
-        let agent = web.mesh.agents.iter().find(|agent| agent.node == node).unwrap();
-        agent.allocations(&web.mesh.run).unwrap()
-    })
-}
-
-/// Cargo puts it beside the tests' own folder.
-fn library() -> PathBuf {
-    let tests = env::current_exe().unwrap();
-    let built = tests.parent().unwrap().with_file_name("examples");
-    let library = built.join("liballocations.so");
-    assert!(library.is_file(), "{} is not built", library.display());
-    library
 }

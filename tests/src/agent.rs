@@ -27,7 +27,6 @@ pub struct Agent {
     program: PathBuf,
     under: Vec<String>,
     log_filter: String,
-    counting: Option<PathBuf>,
     process: Option<Process>,
 }
 
@@ -62,7 +61,6 @@ impl Agent {
             program: program.to_owned(),
             under: options.under.clone(),
             log_filter: options.log.clone(),
-            counting: options.counting.clone(),
             process: None,
         })
     }
@@ -80,12 +78,6 @@ impl Agent {
         let mut command = Command::new(words.next().context("there is always the agent's program")?);
         command.args(words).arg("run").arg("--config").arg(&self.config);
         command.env("RUST_LOG", &self.log_filter);
-        if let Some(library) = &self.counting {
-            let counted = self.counted(run);
-            fs::write(&counted, 0_u64.to_ne_bytes())?;
-            command.env("LD_PRELOAD", library);
-            command.env("MESH_TESTS_ALLOCATIONS", counted);
-        }
         self.process = Some(Process::spawn(run, &self.node, &mut command)?);
         Ok(())
     }
@@ -104,17 +96,6 @@ impl Agent {
             Ok(_) => Ok(()),
             Err(status) => bail!("the agent of {node} ended with {status}:\n{}", self.log()),
         }
-    }
-
-    /// How often the agent asked the allocator for something since it was started.
-    pub fn allocations(&self, run: &Run) -> Result<u64> {
-        let counted = fs::read(self.counted(run))?;
-        let bytes = counted.try_into().ok().context("the count is not 8 bytes")?;
-        Ok(u64::from_ne_bytes(bytes))
-    }
-
-    fn counted(&self, run: &Run) -> PathBuf {
-        run.dir().join(format!("{}.allocations", self.node))
     }
 
     /// One of its JSON pages.

@@ -35,8 +35,6 @@ pub struct Options {
     pub config: String,
     /// A program that starts the agents' program in its place, with arguments of its own.
     pub under: Vec<String>,
-    /// A library that counts the agents' allocations, see [`Agent::allocations`].
-    pub counting: Option<PathBuf>,
 }
 
 impl Default for Options {
@@ -47,7 +45,6 @@ impl Default for Options {
             log: "info".to_owned(),
             config: format!("threads: {THREADS}\n"),
             under: Vec::new(),
-            counting: None,
         }
     }
 }

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail};
 use object::{Object, ObjectSection, ObjectSymbol, SectionKind, SymbolKind};
 use serde_json::Value;
 
+use crate::cross::{self, Arch};
 use crate::setup::{self, Need};
 use crate::shell::{self, Steps};
 
@@ -41,7 +42,12 @@ pub(crate) fn run() -> Result<()> {
 ///
 /// Other packages that are wanted come with it: cargo builds what they share once instead of twice.
 pub(crate) fn build(steps: &mut Steps, also: &[&str]) -> Result<Built> {
-    build_with(steps, "build the agent", shell::cargo("build"), also)
+    build_with(
+        steps,
+        "build the agent",
+        cross::cargo("build", Arch::host()?, &[])?,
+        also,
+    )
 }
 
 /// As [`build`], by a cargo that may be set up for another target.

@@ -10,6 +10,7 @@ use anyhow::{Result, bail};
 use serde_json::Value;
 
 use crate::build_ebpf;
+use crate::cross::{self, Arch};
 use crate::prerequisites;
 use crate::setup::{self, Need};
 use crate::shell::{self, Steps};
@@ -36,7 +37,7 @@ pub(crate) fn run_steps(steps: &mut Steps, args: &Args) -> Result<()> {
     let missing = missing();
     admit(&missing, args)?;
     steps.try_run("unit tests", || {
-        let mut cargo = shell::cargo("test");
+        let mut cargo = cross::cargo("test", Arch::host()?, &[])?;
         cargo.args([
             "--package",
             "mesh-common",
@@ -100,7 +101,7 @@ fn listed(reasons: &[String]) -> String {
 }
 
 fn privileged(agent: &Path, args: &Args) -> Result<()> {
-    let mut cargo = shell::cargo("test");
+    let mut cargo = cross::cargo("test", Arch::host()?, &[])?;
     let folder = tempfile::tempdir()?;
     let records = folder.path().join("records");
     // The very agent that users run, with the object inside.

@@ -14,7 +14,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::build_ebpf::{self, Built};
-use crate::cross::Arch;
+use crate::cross::{self, Arch};
 use crate::prerequisites;
 use crate::setup::{self, LLVM_PREFIX, Need};
 use crate::shell::{self, Steps};
@@ -34,8 +34,7 @@ pub(crate) fn run() -> Result<()> {
         let profile = path()?;
         let merge = profdata()?;
         let counts = empty_folder("counts")?;
-        let mut cargo = apart("counting")?;
-        flags(&mut cargo, &format!("-Cprofile-generate={}", counts.display()))?;
+        let cargo = apart("counting", &format!("-Cprofile-generate={}", counts.display()))?;
         let counting = build_ebpf::build_with(steps, "build an agent that counts", cargo, &[])?;
         let tools = build_ebpf::build(steps, &["mesh-tests"])?;
         steps.run("train", || train(&counting, &tools, &counts))?;
@@ -70,8 +69,7 @@ pub(crate) fn profile() -> Result<PathBuf> {
 
 /// Builds the agent with a profile.
 pub(crate) fn build(steps: &mut Steps, profile: &Path) -> Result<Built> {
-    let mut cargo = apart("trained")?;
-    flags(&mut cargo, &format!("-Cprofile-use={}", profile.display()))?;
+    let cargo = apart("trained", &format!("-Cprofile-use={}", profile.display()))?;
     build_ebpf::build_with(steps, "build the trained agent", cargo, &[])
 }
 
@@ -100,7 +98,7 @@ fn path() -> Result<PathBuf> {
     // The commit, too: nightly ones share a number.
     let version: Vec<_> = about.split_whitespace().skip(1).take(2).collect();
     let version = version.join("-").replace('(', "");
-    Ok(folder().join(format!("{}-{version}.profdata", host()?)))
+    Ok(folder().join(format!("{}-{version}.profdata", Arch::host()?)))
 }
 
 fn folder() -> PathBuf {
@@ -121,38 +119,18 @@ fn empty_folder(name: &str) -> Result<PathBuf> {
     }
 }
 
-fn host() -> Result<Arch> {
-    let host = Arch::ALL.into_iter().find(|arch| arch.is_host());
-    host.with_context(|| format!("no agent runs on {}", std::env::consts::ARCH))
-}
-
 fn rustc() -> Command {
     let mut rustc = Command::new(std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()));
     rustc.current_dir(shell::workspace());
     rustc
 }
 
-/// A cargo build in a target folder of its own: all would be compiled anew at each change between builds with one set of
-/// flags and another.
-fn apart(name: &str) -> Result<Command> {
-    let mut cargo = shell::cargo("build");
-    cargo
-        .env("CARGO_TARGET_DIR", folder().join(name))
-        // Named, or the flags would be those of build scripts and macros too.
-        .args(["--target", &host()?.target()]);
+/// A cargo build with one more flag for the compiler, in a target folder of its own: all would be compiled anew at each
+/// change between builds with one set of flags and another.
+fn apart(name: &str, flag: &str) -> Result<Command> {
+    let mut cargo = cross::cargo("build", Arch::host()?, &[flag])?;
+    cargo.env("CARGO_TARGET_DIR", folder().join(name));
     Ok(cargo)
-}
-
-/// Sets the compiler's flags, in the place of those in cargo's configuration, of which the project has none.
-fn flags(cargo: &mut Command, flags: &str) -> Result<()> {
-    for variable in ["RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS"] {
-        if std::env::var_os(variable).is_some_and(|value| !value.is_empty()) {
-            bail!("{variable} is set, and a profile needs flags of its own: unset it");
-        }
-    }
-    // Paths may have spaces.
-    cargo.env("CARGO_ENCODED_RUSTFLAGS", flags);
-    Ok(())
 }
 
 /// The program that merges counts: the compiler's own, or that of the LLVM which compiling the kernel side needs.

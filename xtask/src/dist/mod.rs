@@ -13,13 +13,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail};
-use object::LittleEndian;
-use object::read::elf::ElfFile64;
+use anyhow::{Context, Result, bail, ensure};
 
 use self::tarball::Entry;
 use crate::build_ebpf::Built;
 use crate::cross::{self, Arch};
+use crate::kernels::needed_by;
 use crate::setup::{self, Need};
 use crate::shell::{self, Steps};
 use crate::train;
@@ -56,7 +55,7 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<()> {
     let mut wanted = args.arch.clone();
     if wanted.is_empty() {
-        wanted.extend(Arch::ALL.into_iter().find(|arch| arch.is_host()));
+        wanted.push(Arch::host()?);
     }
     if wanted.is_empty() {
         bail!("no agent runs on {}: say --arch", env::consts::ARCH);
@@ -171,19 +170,21 @@ impl Package {
             format!("{name}{DEBUG_SUFFIX}"),
         );
         let stripped = self.split(agent, &folder.join(&debug))?;
+        let needed = needed_by(&stripped).context("the agent cannot be read")?;
+        ensure!(
+            needed.is_empty(),
+            "the agent asks nodes for {}: it should have all inside",
+            needed.join(", ")
+        );
         let mut entries = tarball::belongings(shell::workspace())?;
         entries.push(Entry::new("mesh-agent", 0o755, stripped.clone()));
         entries.push(Entry::new(
             "THIRD-PARTY-LICENSES",
             0o644,
-            notices::collect(&self.arch.target())?,
+            notices::collect(&self.arch.target(), &stripped)?,
         ));
         tarball::write(&folder.join(&archive), &name, entries, self.time)?;
         tarball::check(&folder.join(&archive), &name)?;
-        eprintln!(
-            "{archive}: needs glibc {} or newer",
-            oldest_glibc(&stripped).context("the agent cannot be read")?
-        );
         Ok(vec![archive, debug])
     }
 
@@ -211,29 +212,6 @@ impl Package {
         )?;
         Ok(fs::read(stripped)?)
     }
-}
-
-/// The oldest C library that has all that a program asks for.
-fn oldest_glibc(program: &[u8]) -> Result<String> {
-    let file = ElfFile64::<LittleEndian>::parse(program)?;
-    let (endian, data, sections) = (file.endian(), file.data(), file.elf_section_table());
-    let (mut needed, strings) = sections
-        .gnu_verneed(endian, data)?
-        .context("it names no versions of libraries")?;
-    let strings = sections.strings(endian, data, strings)?;
-    let mut newest = Vec::new();
-    while let Some((_, mut versions)) = needed.next()? {
-        while let Some(version) = versions.next()? {
-            if let Some(number) = version.name(endian, strings)?.strip_prefix(b"GLIBC_") {
-                let parts = std::str::from_utf8(number)?.split('.').map(str::parse::<u32>);
-                newest = newest.max(parts.collect::<Result<_, _>>()?);
-            }
-        }
-    }
-    if newest.is_empty() {
-        bail!("it names no version of glibc");
-    }
-    Ok(newest.iter().map(u32::to_string).collect::<Vec<_>>().join("."))
 }
 
 #[cfg(test)]

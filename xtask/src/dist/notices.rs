@@ -1,4 +1,5 @@
-//! The licences of the crates that are inside a release: nearly all ask that their text comes along.
+//! The licences of the crates and of the C library that are inside a release: nearly all ask that their text comes
+//! along.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
@@ -24,14 +25,33 @@ const NAMES: [&str; 6] = [
 ];
 
 const HEAD: &str = "\
-mesh-agent contains these crates, unchanged, and the Rust standard library (MIT OR Apache-2.0). Their sources are
+mesh-agent contains these crates, unchanged, the Rust standard library (MIT OR Apache-2.0), GCC's unwinder (GPL 3 with
+the GCC Runtime Library Exception) and the GNU C Library (see the end). The crates' sources are
 at https://crates.io/crates/NAME/VERSION. The texts that they bring follow the list; a crate that brings none is
 here under the Apache License 2.0, the text of which is that of LICENSE.
 
 ";
 
-/// One document: every crate with its licence, then each text once, with the crates that bring it.
-pub(super) fn collect(target: &str) -> Result<Vec<u8>> {
+/// What the C library says of itself: before its version and whose it is (`Debian GLIBC 2.36-9+deb12u14`), and after.
+const C_LIBRARY: [&[u8]; 2] = [b"GNU C Library (", b") stable release version "];
+/// No version is longer.
+const LONGEST_VERSION: usize = 100;
+
+/// Where Debian and Fedora keep what must come along with the C library: its licence, and what authors of parts say.
+const C_LIBRARY_TEXTS: [[&str; 2]; 2] = [
+    [
+        "/usr/share/common-licenses/LGPL-2.1",
+        "/usr/share/licenses/glibc/COPYING.LIB",
+    ],
+    [
+        "/usr/share/doc/libc6-dev/copyright",
+        "/usr/share/licenses/glibc/LICENSES",
+    ],
+];
+
+/// One document: every crate with its licence, then each text once, with the crates that bring it, and the C library
+/// that is in the agent's program.
+pub(super) fn collect(target: &str, agent: &[u8]) -> Result<Vec<u8>> {
     let metadata = shell::output(shell::cargo("metadata").args([
         "--format-version",
         "1",
@@ -72,7 +92,47 @@ pub(super) fn collect(target: &str) -> Result<Vec<u8>> {
             crates.join(", ")
         )?;
     }
+    list.push_str(&of_the_c_library(agent)?);
     Ok(list.into_bytes())
+}
+
+/// What its licence asks for: that it is said to be inside, where its sources are, that the agent can be made with
+/// another one, and the text.
+fn of_the_c_library(agent: &[u8]) -> Result<String> {
+    let version = version_of_the_c_library(agent)
+        .context("no C library is in the agent, or one that does not say which")?;
+    let mut all = format!(
+        "\n{}\nThe GNU C Library ({version}), unchanged, is in mesh-agent too, under the GNU Lesser\n\
+         General Public License 2.1 or later. Its sources are at https://sourceware.org/glibc, and with Debian's changes at\n\
+         https://snapshot.debian.org/package/glibc/. Whoever wants another version inside installs that and runs\n\
+         `cargo xtask dist` in mesh-agent's sources. The licence, and what authors of parts ask for:\n",
+        "-".repeat(100),
+    );
+    for places in C_LIBRARY_TEXTS {
+        let text = places.into_iter().find_map(|file| fs::read_to_string(file).ok());
+        let text = text.with_context(|| {
+            format!(
+                "a release needs the licences of its C library: there is no {}",
+                places.join(" and no ")
+            )
+        })?;
+        write!(all, "\n{}\n", text.trim())?;
+    }
+    Ok(all)
+}
+
+fn version_of_the_c_library(agent: &[u8]) -> Option<&str> {
+    let [before, after] = C_LIBRARY;
+    let mut places = agent.windows(before.len()).enumerate();
+    places.find_map(|(place, bytes)| {
+        let version = (bytes == before).then(|| &agent[place + before.len()..])?;
+        let length = version
+            .iter()
+            .take(LONGEST_VERSION)
+            .position(|byte| *byte == b')')?;
+        let version = version[length..].starts_with(after).then(|| &version[..length])?;
+        std::str::from_utf8(version).ok()
+    })
 }
 
 /// Ids of all packages that the roots are linked with, one by way of the other.

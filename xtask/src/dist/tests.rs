@@ -9,7 +9,7 @@ use super::*;
 const TIME: u64 = 1_700_000_000;
 
 fn package() -> Package {
-    let arch = Arch::ALL.into_iter().find(|arch| arch.is_host()).unwrap();
+    let arch = Arch::host().unwrap();
     Package { arch, time: TIME }
 }
 
@@ -18,9 +18,20 @@ fn prints(folder: &Path, words: &[&str]) -> String {
     shell::output(command.current_dir(folder).args(&words[1..])).unwrap()
 }
 
-/// A release with this very test program as the agent: an ELF program with debugging information.
+/// A program with debugging information; with `-static-pie` it is as the agent.
+fn program(folder: &Path, link: &str) -> PathBuf {
+    let source = folder.join("program.c");
+    let text = "#include <gnu/libc-version.h>\n#include <stdio.h>\nint main(void) { puts(gnu_get_libc_version()); }\n";
+    fs::write(&source, text).unwrap();
+    prints(folder, &["cc", "-g", link, "-o", "program", "program.c"]);
+    folder.join("program")
+}
+
 fn release(folder: &Path) -> Vec<String> {
-    let files = package().make(&env::current_exe().unwrap(), folder).unwrap();
+    let scratch = tempfile::tempdir().unwrap();
+    let files = package()
+        .make(&program(scratch.path(), "-static-pie"), folder)
+        .unwrap();
     sums::write(folder, &files, TIME).unwrap();
     files
 }
@@ -56,11 +67,19 @@ fn a_release_verifies_and_unpacks_to_what_the_readme_says() {
     let unpacked = folder.path().join(name);
     assert!(there.iter().all(|name| unpacked.join(name).is_file()));
     // It runs, and is not what was built, but that without its symbols.
-    prints(&unpacked, &["./mesh-agent", "--list"]);
+    prints(&unpacked, &["./mesh-agent"]);
     let symbols = prints(&unpacked, &["readelf", "--symbols", "--wide", "mesh-agent"]);
     assert!(!symbols.contains(".symtab"), "{symbols}");
     let notices = fs::read_to_string(unpacked.join("THIRD-PARTY-LICENSES")).unwrap();
-    for part in ["\nrustls 0.", "\naya-ebpf ", "MPL-2.0", "Mozilla Public License"] {
+    for part in [
+        "\nrustls 0.",
+        "\naya-ebpf ",
+        "MPL-2.0",
+        "Mozilla Public License",
+        "\nThe GNU C Library (",
+        "), unchanged, is in mesh-agent too",
+        "GNU LESSER GENERAL PUBLIC LICENSE",
+    ] {
         assert!(notices.contains(part), "no {part:?}");
     }
     // What only builds or tests is not in it.
@@ -174,18 +193,9 @@ fn sums_of_another_commit_are_dropped() {
 }
 
 #[test]
-fn the_needed_c_library_is_read_from_the_program() {
-    let program = fs::read(env::current_exe().unwrap()).unwrap();
-    let needed = oldest_glibc(&program).unwrap();
-    let shown = prints(
-        Path::new("/"),
-        &[
-            "readelf",
-            "--version-info",
-            "--wide",
-            env::current_exe().unwrap().to_str().unwrap(),
-        ],
-    );
-    assert!(shown.contains(&format!("GLIBC_{needed} ")), "{needed}");
-    assert!(oldest_glibc(b"no program").is_err());
+fn an_agent_that_needs_a_library_is_no_release() {
+    let folder = tempfile::tempdir().unwrap();
+    let dynamic = program(folder.path(), "-pie");
+    let error = package().make(&dynamic, folder.path()).unwrap_err();
+    assert!(error.to_string().contains("libc.so.6"), "{error}");
 }

@@ -17,6 +17,8 @@ mod rows;
 mod sources;
 mod table;
 
+pub(crate) use rootfs::needed_by;
+
 use std::fs;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};

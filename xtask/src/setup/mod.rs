@@ -7,7 +7,7 @@ mod apt;
 
 use std::fmt;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
@@ -66,7 +66,7 @@ pub(crate) struct Args {
 /// What a command needs from the machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Need {
-    /// The eBPF compiler and linker.
+    /// The eBPF compiler and linker, and the C library that goes into programs.
     Build,
     /// Clippy for the eBPF compiler, and cargo-deny.
     Lint,
@@ -256,6 +256,10 @@ fn examine_build(found: &mut Found, plan: &mut Plan) {
     match ebpf_toolchain::compiler() {
         Some(compiler) => found.push(("eBPF compiler".to_owned(), compiler.rustc)),
         None => plan.add(&COMPILER_PACKAGES),
+    }
+    match cross::c_library(Path::new("cc")) {
+        Some(library) => found.push(("C library".to_owned(), library)),
+        None => plan.add(&["libc6-dev"]),
     }
     // One that lost its LLVM library is to be made anew.
     let runs = |linker: &PathBuf| {
