@@ -23,6 +23,9 @@ use crate::shell::{self, Steps};
 
 /// Has the compiler put the C library inside. Debian has the archive in libc6-dev, Fedora in glibc-static.
 const STATIC: &str = "-Ctarget-feature=+crt-static";
+/// Has random numbers come from the system call: a static program finds no symbols by name, for which the crate then
+/// takes `/dev/urandom`, and that may not be there.
+const RANDOM: &str = "--cfg=getrandom_backend=\"linux_getrandom\"";
 /// Has the linker put 0.8 MB of relocations into 10 KB, where it can (GNU's cannot for arm64 before 2.43, and says so).
 const PACKED: &str = "-Clink-arg=-Wl,-z,pack-relative-relocs";
 
@@ -112,11 +115,8 @@ pub(crate) fn cargo(subcommand: &str, arch: Arch, more: &[&str]) -> Result<Comma
         arch.gnu_tool("gcc")
     };
     let packed = packs_relocations(Path::new(&gcc)).then_some(PACKED);
-    let flags: Vec<_> = [STATIC]
-        .into_iter()
-        .chain(packed)
-        .chain(more.iter().copied())
-        .collect();
+    let always = [STATIC, RANDOM].into_iter();
+    let flags: Vec<_> = always.chain(packed).chain(more.iter().copied()).collect();
     let target = arch.target();
     // A list of strings looks the same in TOML. Paths among the flags may have spaces.
     let flags = format!("target.{target}.rustflags={flags:?}");
