@@ -26,7 +26,7 @@ const STATIC: &str = "-Ctarget-feature=+crt-static";
 /// Has random numbers come from the system call: a static program finds no symbols by name, for which the crate then
 /// takes `/dev/urandom`, and that may not be there.
 const RANDOM: &str = "--cfg=getrandom_backend=\"linux_getrandom\"";
-/// Has the linker put 0.8 MB of relocations into 10 KB, where it can (GNU's cannot for arm64 before 2.43, and says so).
+/// Has the linker put 0.8 MB of relocations into 10 KB, where it can (Debian 12's cannot for arm64).
 const PACKED: &str = "-Clink-arg=-Wl,-z,pack-relative-relocs";
 
 /// An architecture that the agent runs on.
